@@ -1,0 +1,1 @@
+//! Pure decisions of epagent: typed ids, specs, state machines.

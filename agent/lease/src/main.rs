@@ -1,0 +1,3 @@
+//! The lease process: idle without a pair, but in place.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The privileged hands.
+
+fn main() {}

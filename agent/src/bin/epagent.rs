@@ -1,0 +1,3 @@
+//! The epagent command.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The deciding daemon.
+
+fn main() {}

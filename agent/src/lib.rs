@@ -1,0 +1,1 @@
+//! What the epagent command and epagentd share.

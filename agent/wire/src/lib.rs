@@ -1,0 +1,1 @@
+//! Message types between the epagent processes.

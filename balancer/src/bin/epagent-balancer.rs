@@ -1,0 +1,3 @@
+//! The balancer.
+
+fn main() {}

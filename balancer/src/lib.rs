@@ -1,0 +1,1 @@
+//! An io_uring TCP and HTTP balancer that can hold a request.

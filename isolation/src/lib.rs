@@ -1,0 +1,1 @@
+//! Jails: namespaces, private root, cgroups, seccomp, network; and epagent-jail, the monitor.

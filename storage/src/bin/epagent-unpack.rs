@@ -1,0 +1,3 @@
+//! The unpacker.
+
+fn main() {}

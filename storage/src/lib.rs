@@ -1,0 +1,1 @@
+//! Images, releases, volumes and snapshots on btrfs; and epagent-unpack.
