@@ -1,1 +1,5 @@
-//! What the epagent command and epagentd share.
+//! What the `epagent` command and `epagentd` share.
+
+#![forbid(unsafe_code)]
+
+pub mod manifest;

@@ -1,3 +1,0 @@
-//! The deciding daemon.
-
-fn main() {}

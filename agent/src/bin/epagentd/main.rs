@@ -1,0 +1,3 @@
+//! epagentd, the deciding daemon.
+
+fn main() {}
