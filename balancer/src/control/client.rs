@@ -1,0 +1,82 @@
+//! A blocking client of the control socket, for the command line and for tests.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use super::protocol::{Ack, ControlError, LINE_BYTES_MAX, Request, Response, Status, StatusQuery};
+use crate::table::Table;
+
+/// A connection to a balancer's control socket.
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+/// Why a request over the control socket had no result.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("cannot connect to the control socket {path}")]
+    Connect {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot speak to the balancer")]
+    Io(#[source] std::io::Error),
+    #[error("the balancer closed the control connection without an answer")]
+    Closed,
+    #[error("the balancer's answer is not understood")]
+    Garbled(#[source] serde_json::Error),
+    #[error("the balancer refused ({:?}): {}", .0.code, .0.message)]
+    Refused(ControlError),
+    #[error("the balancer answered another question")]
+    Mismatch,
+}
+
+impl Client {
+    /// Connects; each later request waits at most `timeout` for its answer.
+    pub fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
+        let shown = || path.display().to_string();
+        let stream =
+            UnixStream::connect(path).map_err(|source| ClientError::Connect { path: shown(), source })?;
+        stream.set_read_timeout(Some(timeout)).map_err(ClientError::Io)?;
+        stream.set_write_timeout(Some(timeout)).map_err(ClientError::Io)?;
+        Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    /// Replaces the routing table.
+    pub fn set_table(&mut self, table: &Table) -> Result<Ack, ClientError> {
+        match self.request(&Request::SetTable(table.clone()))? {
+            Response::Ack(ack) => Ok(ack),
+            Response::Error(error) => Err(ClientError::Refused(error)),
+            Response::Status(_) => Err(ClientError::Mismatch),
+        }
+    }
+
+    /// Asks for the state of things.
+    pub fn status(&mut self) -> Result<Status, ClientError> {
+        match self.request(&Request::Status(StatusQuery {}))? {
+            Response::Status(status) => Ok(status),
+            Response::Error(error) => Err(ClientError::Refused(error)),
+            Response::Ack(_) => Err(ClientError::Mismatch),
+        }
+    }
+
+    fn request(&mut self, request: &Request) -> Result<Response, ClientError> {
+        let line = serde_json::to_string(request).map_err(ClientError::Garbled)?;
+        self.raw(&line)
+    }
+
+    /// Sends one line as it is and returns the answer.
+    pub fn raw(&mut self, line: &str) -> Result<Response, ClientError> {
+        let stream = self.stream.get_mut();
+        stream.write_all(line.as_bytes()).and_then(|()| stream.write_all(b"\n")).map_err(ClientError::Io)?;
+        let mut answer = Vec::new();
+        let mut bounded = (&mut self.stream).take(LINE_BYTES_MAX as u64);
+        if bounded.read_until(b'\n', &mut answer).map_err(ClientError::Io)? == 0 {
+            return Err(ClientError::Closed);
+        }
+        serde_json::from_slice(&answer).map_err(ClientError::Garbled)
+    }
+}

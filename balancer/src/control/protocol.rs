@@ -1,0 +1,244 @@
+//! What is said on the control socket: one JSON object per line each way.
+//!
+//! ```text
+//! → {"set_table": {"version": 7, "routes": [...]}}
+//! ← {"ack": {"version": 7, "problems": []}}
+//! → {"status": {}}
+//! ← {"status": {"table_version": 7, "upstreams": [...], ...}}
+//! → {"set_tabel": {}}
+//! ← {"error": {"code": "bad_request", "message": "unknown variant ..."}}
+//! ```
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::table::{Table, UpstreamState};
+
+/// Longest line either side accepts, in bytes, newline included.
+pub const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// What may be asked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Replace the routing table. Answered once every thread routes by it and it is saved.
+    SetTable(Table),
+    /// Report counters, upstreams, hold queues and listeners.
+    Status(StatusQuery),
+}
+
+/// `status` takes no arguments.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StatusQuery {}
+
+/// What is answered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Response {
+    /// The table is in force.
+    Ack(Ack),
+    /// The state of things.
+    Status(Status),
+    /// Nothing was changed, and why.
+    Error(ControlError),
+}
+
+/// The table with this version is in force on every thread.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ack {
+    pub version: u64,
+    /// What of the table could not be put into effect. The rest is in force all the same.
+    pub problems: Vec<Problem>,
+}
+
+/// One part of a table that could not be put into effect.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// The route it is about; absent when it is about the whole table (it could not be saved).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route: Option<String>,
+    pub message: String,
+}
+
+/// Why a request changed nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControlError {
+    pub code: ErrorCode,
+    pub message: String,
+}
+
+/// The closed list of refusals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The line is not JSON, or not a request; or it is longer than [`LINE_BYTES_MAX`].
+    BadRequest,
+    /// The table is not valid as a whole.
+    BadTable,
+    /// The running table has a higher version, or the same version with other contents.
+    StaleVersion,
+    /// The peer's uid may not use this socket.
+    Forbidden,
+    /// A thread did not take the table or answer in time.
+    Busy,
+}
+
+/// The state of the whole balancer, summed over its threads.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub table_version: u64,
+    pub threads: u32,
+    pub listeners: Vec<ListenerStatus>,
+    pub routes: Vec<RouteStatus>,
+    /// Also upstreams that have left the table but still have something to finish (`state: removed`).
+    pub upstreams: Vec<UpstreamStatus>,
+    pub counters: Counters,
+}
+
+/// One listening socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerStatus {
+    /// `http`, or `tcp-PORT`.
+    pub name: String,
+    pub address: String,
+    /// Whether the socket was handed to the balancer rather than bound by it.
+    pub inherited: bool,
+}
+
+/// One route of the table.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteStatus {
+    pub id: String,
+    /// Requests (HTTP) or connections (TCP) that matched, in total.
+    pub requests_total: u64,
+    /// Held now.
+    pub held: u64,
+    /// Age of the oldest one held now, in milliseconds.
+    pub oldest_held_ms: u64,
+    /// Ever held.
+    pub held_total: u64,
+    /// Answered 503 because the hold queue was full and this was the oldest.
+    pub hold_shed_total: u64,
+    /// Answered 503 because they were held for `max_age_ms`.
+    pub hold_expired_total: u64,
+}
+
+/// The state of an upstream as status shows it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShownState {
+    Up,
+    Draining,
+    Down,
+    /// No longer in the table; it has something to finish.
+    #[default]
+    Removed,
+}
+
+impl From<UpstreamState> for ShownState {
+    fn from(state: UpstreamState) -> Self {
+        match state {
+            UpstreamState::Up => Self::Up,
+            UpstreamState::Draining => Self::Draining,
+            UpstreamState::Down => Self::Down,
+        }
+    }
+}
+
+/// One upstream. An upstream that drains is empty when `active_requests` and `active_connections` are 0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpstreamStatus {
+    pub id: String,
+    pub address: SocketAddr,
+    pub state: ShownState,
+    /// HTTP requests given to it and not yet answered in full.
+    pub active_requests: u64,
+    /// Plain TCP and upgraded connections it is carrying.
+    pub active_connections: u64,
+    /// Kept-alive connections that wait for a next request.
+    pub idle_connections: u64,
+    pub requests_total: u64,
+    pub connections_total: u64,
+    /// Connects that failed or timed out.
+    pub connect_errors_total: u64,
+    /// Requests lost because it closed, reset, stalled or broke the protocol after it was given them.
+    pub request_errors_total: u64,
+    /// The last connect failed; it is tried again every 50 ms, by one request at a time.
+    pub unreachable: bool,
+}
+
+macro_rules! counters {
+    ($( $(#[$doc:meta])* $name:ident ),+ $(,)?) => {
+        /// Counts since the process started; each distinct answer of the balancer's own has one.
+        #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+        pub struct Counters { $( $(#[$doc])* #[serde(default)] pub $name: u64 ),+ }
+
+        impl Counters {
+            /// Adds another thread's counts.
+            pub fn add(&mut self, other: &Counters) { $( self.$name += other.$name; )+ }
+        }
+    };
+}
+
+counters! {
+    /// Client connections open now.
+    connections_open,
+    /// Upstream connections open now, idle ones included.
+    upstream_connections_open,
+    /// Client connections accepted.
+    connections_accepted,
+    /// Times accepting paused because `max_connections` was reached.
+    accept_paused_full,
+    /// Times accepting backed off because the process ran out of descriptors or memory.
+    accept_backoff,
+    /// HTTP requests whose head was read and understood.
+    requests,
+    /// Responses passed on in full.
+    responses,
+    /// 400: refused, malformed or ambiguous.
+    refused_bad_request,
+    /// 405: CONNECT.
+    refused_method,
+    /// 408: the head did not arrive in time.
+    refused_slow_head,
+    /// 431: the head was too large.
+    refused_large_head,
+    /// 505: an HTTP version other than 1.0 and 1.1.
+    refused_version,
+    /// 404: no route for the host.
+    unknown_host,
+    /// 503: the table has no HTTP route at all.
+    no_routes,
+    /// 503: shed from a full hold queue.
+    hold_shed,
+    /// 503: held for too long.
+    hold_expired,
+    /// 502: the upstream closed or reset before it answered.
+    upstream_died,
+    /// 502: the upstream's answer was not valid HTTP/1.1.
+    upstream_bad_response,
+    /// 504: the upstream did not answer in time.
+    upstream_timeout,
+    /// Responses cut short because the upstream went away in the middle; the client saw a reset.
+    upstream_died_midway,
+    /// Requests sent again because a reused connection had been closed by the upstream.
+    retried_stale,
+    /// Connects tried elsewhere after a failure.
+    retried_connect,
+    /// Client connections that went away before their response was complete.
+    client_aborted,
+    /// Client connections reset because they took nothing of their response for too long.
+    client_stalled,
+    /// TCP connections reset because no route takes their port.
+    tcp_unrouted,
+    /// Upgraded connections.
+    upgrades,
+    /// Times a receive found no shared buffer free.
+    no_buffers,
+    /// Bytes received from clients.
+    bytes_from_clients,
+    /// Bytes received from upstreams.
+    bytes_from_upstreams,
+}
