@@ -267,9 +267,8 @@ pub fn normal_host(host: &[u8]) -> Option<String> {
         _ => return None,
     }
     let name = name.strip_suffix(b".").unwrap_or(name);
-    let allowed = |b: &u8| {
-        b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~' | b'*' | b'[' | b']' | b':')
-    };
+    let bracketed = host.starts_with(b"[");
+    let allowed = |b: &u8| bracketed || b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~');
     if name.is_empty() || name.len() > 255 || !name.iter().all(allowed) {
         return None;
     }
