@@ -12,14 +12,16 @@
 //! | [`app`] | one app's next actions, from what is wanted and what is seen |
 //! | [`health`] | when checks that rise and fall make an instance healthy |
 //! | [`backoff`] | how long to wait before a crashed instance is started again |
-//! | [`route`] | the balancer's table, derived from what every app looks like |
+//! | [`exit`] | how a process ended, in words |
+//! | [`verdict`] | what a failed deploy tells the operator |
 
 #![forbid(unsafe_code)]
 
 pub mod app;
 pub mod backoff;
+pub mod exit;
 pub mod health;
 pub mod name;
 pub mod phase;
-pub mod route;
 pub mod spec;
+pub mod verdict;

@@ -105,24 +105,6 @@ impl std::str::FromStr for Phase {
 #[error("{0:?} is not a phase of a deploy")]
 pub struct UnknownPhase(String);
 
-/// Why a deploy failed, for people and for `epagent explain`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Verdict {
-    /// The phase in which it failed.
-    pub phase: Phase,
-    /// A stable code: `build_failed`, `release_failed`, `start_failed`, `exited`, `out_of_memory`, `unhealthy`,
-    /// `wrong_port`, `no_space`, `missing_image`, `missing_secret`, `agent_error`.
-    pub code: String,
-    /// One sentence: what was attempted, on what, why it failed.
-    pub message: String,
-    /// What to do next.
-    pub hint: String,
-    /// The last lines the failed part printed; at most [`LOG_LINES_MAX`].
-    pub log: Vec<String>,
-}
-
-pub const LOG_LINES_MAX: usize = 20;
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -41,7 +41,8 @@
 
 use std::collections::BTreeMap;
 
-use epagent_core::phase::{Phase, Verdict};
+use epagent_core::phase::Phase;
+use epagent_core::verdict::Verdict;
 use serde::{Deserialize, Serialize};
 
 /// The value of `Upgrade:` for exec and run.

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+pub use epagent_core::exit::Exit;
 use epagent_core::name::{AppName, ImageName, JailId, ReleaseNumber, VolumeName};
 use epagent_core::spec::Limits;
 use serde::{Deserialize, Serialize};
@@ -311,26 +312,6 @@ pub enum JailState {
     Starting,
     Running,
     Exited(Exit),
-}
-
-/// How a jail's main process ended.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Exit {
-    pub code: Option<i32>,
-    pub signal: Option<i32>,
-    pub out_of_memory: bool,
-    pub past_deadline: bool,
-    /// The jail could not be set up: what was attempted and why it failed. 127 as code and this: no such command.
-    pub start_error: Option<String>,
-    /// The monitor died, so that nothing is known but that the instance died with it.
-    pub monitor_lost: bool,
-    pub at_ms: u64,
-}
-
-impl Exit {
-    pub fn success(&self) -> bool {
-        self.code == Some(0) && self.start_error.is_none() && !self.out_of_memory
-    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
