@@ -1,0 +1,92 @@
+# make setup   install what is missing on a Debian machine (needs root)
+# make build   all binaries, in target/dist
+# make demo    deploy an app, redeploy it under load, stay up until Ctrl-C; ONCE=1 ends by itself
+# make test    everything: formatting, lints, every test (needs root)
+# make soak    the end-to-end suites with long loads
+# make bench   the benchmarks
+# make clean   what was built
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup root rust build lint test demo soak bench clean
+
+# One profile for everything: what is tested is what is shipped, and nothing is built twice.
+PROFILE := release
+TARGET  := $(abspath $(or $(CARGO_TARGET_DIR),target))
+BUILT   := $(TARGET)/$(PROFILE)
+# The set of binaries that belong together. The two that run inside jails are linked statically, and cargo would
+# put dynamic ones over them in $(BUILT) whenever it builds for a test.
+DIST    := $(abspath target/dist)
+
+PARTS   := epagent epagentd epagent-runner epagent-balancer epagent-lease
+STATIC  := epagent-jail epagent-unpack
+ROOT_SUITES := EPAGENT_BIN_DIR=$(DIST)
+
+# Program to look for, and the Debian package that has it.
+NEEDS := mkfs.btrfs:btrfs-progs nft:nftables mmdebstrap:mmdebstrap python3:python3 node:nodejs npm:npm \
+         zstd:zstd curl:curl ip:iproute2 ps:procps gcc:gcc
+# Packages without a program of their own.
+NEEDS_FILES := /usr/share/doc/python3-venv:python3-venv /usr/share/doc/libc6-dev:libc6-dev \
+         /etc/ssl/certs/ca-certificates.crt:ca-certificates
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "error: this needs root: it makes namespaces, cgroups, mounts and a loop device." >&2; \
+	  echo "  = help: run it as root, for example: sudo make $(MAKECMDGOALS)" >&2; exit 1; }
+
+rust:
+	@command -v cargo >/dev/null || { echo "error: cargo is missing." >&2; \
+	  echo "  = help: install Rust $$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer, and have ~/.cargo/bin in PATH" >&2; exit 1; }
+
+# node comes with npm in some packages and without it in Debian's: each is looked for by itself.
+setup: root
+	@missing=; PATH=$$PATH:/usr/sbin:/sbin; \
+	for need in $(NEEDS); do command -v "$${need%%:*}" >/dev/null || missing="$$missing $${need##*:}"; done; \
+	for need in $(NEEDS_FILES); do [ -e "$${need%%:*}" ] || missing="$$missing $${need##*:}"; done; \
+	if [ -n "$$missing" ]; then \
+	  echo "installing:$$missing"; \
+	  command -v apt-get >/dev/null || { echo "error: no apt-get here; install these yourself:$$missing" >&2; exit 1; }; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -q && apt-get install -q -y --no-install-recommends $$missing; \
+	fi
+	@for module in btrfs loop nf_tables; do modprobe -q $$module 2>/dev/null || true; done
+	@grep -qw btrfs /proc/filesystems || { echo "error: this kernel has no btrfs." >&2; \
+	  echo "  = help: use a kernel with CONFIG_BTRFS_FS, as Debian's are" >&2; exit 1; }
+
+build: rust
+	cargo build --profile $(PROFILE) --workspace --bins
+	@mkdir -p $(DIST)
+	@for bin in $(PARTS) epagent-demo; do cp --remove-destination $(BUILT)/$$bin $(DIST)/$$bin; done
+	cargo rustc --profile $(PROFILE) -p epagent-isolation --bin epagent-jail -- -C target-feature=+crt-static
+	cargo rustc --profile $(PROFILE) -p epagent-storage --bin epagent-unpack -- -C target-feature=+crt-static
+	@for bin in $(STATIC); do cp --remove-destination $(BUILT)/$$bin $(DIST)/$$bin; done
+
+# A toolchain without these components still builds and tests.
+lint: rust
+	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; else echo "no rustfmt here: not checked"; fi
+	@if cargo clippy --version >/dev/null 2>&1; then \
+	  cargo clippy --profile $(PROFILE) --workspace --all-targets -- -D warnings; \
+	else echo "no clippy here: not checked"; fi
+
+test: root setup build lint
+	@cargo nextest --version >/dev/null 2>&1 || cargo install cargo-nextest --locked
+	$(ROOT_SUITES) cargo nextest run --cargo-profile $(PROFILE) --workspace
+
+demo: root setup build
+	@$(DIST)/epagent-demo $(if $(filter-out 0,$(ONCE)),--once)
+
+# Loads of minutes where `make test` has seconds, and every cut repeated.
+soak: root setup build
+	@cargo nextest --version >/dev/null 2>&1 || cargo install cargo-nextest --locked
+	$(ROOT_SUITES) EPAGENT_TEST_LOAD_SECONDS=120 EPAGENT_TEST_ROUNDS=20 \
+	  cargo nextest run --cargo-profile $(PROFILE) -p epagent-tests --profile soak
+
+bench: root setup build
+	cargo bench --workspace
+
+clean:
+	cargo clean
+	rm -rf target/dist
