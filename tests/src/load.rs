@@ -241,3 +241,70 @@ impl std::fmt::Display for Report {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn shape() -> Shape {
+        Shape { keep_alive_threads: 1, fresh_threads: 1, pause: Duration::from_millis(1), ..Shape::default() }
+    }
+
+    /// A server that answers every read of every connection with `answer`, and closes if that is empty.
+    fn server(answer: &'static str) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                std::thread::spawn(move || {
+                    while matches!(stream.read(&mut [0; 4096]), Ok(1..)) && !answer.is_empty() {
+                        stream.write_all(answer.as_bytes()).unwrap();
+                    }
+                });
+            }
+        });
+        address
+    }
+
+    fn report(address: SocketAddr) -> Report {
+        let load = Load::start(address, "any", "hello", shape());
+        load.wait_for(60, Duration::from_secs(10));
+        load.finish()
+    }
+
+    #[test]
+    fn expected_answers_are_counted() {
+        let report = report(server("HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n"));
+        report.assert_none_failed();
+        assert_eq!(report.answered_with("hello"), report.ok);
+    }
+
+    #[test]
+    fn anything_else_is_a_failure_with_its_reason() {
+        for (answer, reason) in [
+            ("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbye\n", "200 \"bye"),
+            ("HTTP/1.1 503 Busy\r\nContent-Length: 6\r\n\r\nhello\n", "503"),
+            ("", "closed"),
+        ] {
+            let report = report(server(answer));
+            assert_eq!(report.ok, 0, "{report}");
+            assert!(
+                report.failed >= 60 && report.failures.iter().all(|why| why.contains(reason)),
+                "{report}"
+            );
+        }
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let report = report(closed);
+        assert!(report.ok == 0 && report.failures.iter().all(|why| why.contains("refused")), "{report}");
+    }
+
+    #[test]
+    #[should_panic(expected = "requests failed")]
+    fn a_single_failure_breaks_the_promise() {
+        Report { ok: 1_000_000, failed: 1, ..Report::default() }.assert_none_failed();
+    }
+}

@@ -1,0 +1,104 @@
+//! What `epagentd` writes is what `epagent-balancer` reads.
+//!
+//! The balancer imports no crate of ours, so the routing table is defined on both sides. These tests hold the two
+//! against each other through their JSON; the balancer parses strictly, so a field too many is an error here.
+
+use epagent_balancer::control::protocol;
+use epagent_balancer::table as theirs;
+use epagent_wire::table as ours;
+
+const STATES: [ours::UpstreamState; 3] =
+    [ours::UpstreamState::Up, ours::UpstreamState::Draining, ours::UpstreamState::Down];
+
+fn upstreams() -> Vec<ours::Upstream> {
+    STATES
+        .into_iter()
+        .enumerate()
+        .map(|(number, state)| ours::Upstream {
+            id: format!("shop-abcdefg{number}"),
+            address: if number == 1 {
+                "[fd65::3]:8000".to_owned()
+            } else {
+                format!("100.96.0.{number}:8000")
+            },
+            state,
+        })
+        .collect()
+}
+
+/// A table with every shape of match and action.
+fn table() -> ours::Table {
+    let hold = ours::Hold { max_requests: 512, max_age_ms: 30_000 };
+    let route = |id: &str, matches, action| ours::Route { id: id.to_owned(), matches, action, hold };
+    ours::Table {
+        version: 7,
+        routes: vec![
+            route(
+                "shop/web/shop.example",
+                ours::Match::Host("shop.example".to_owned()),
+                ours::Action::Proxy { upstreams: upstreams() },
+            ),
+            route(
+                "shop/web/wild",
+                ours::Match::Host("*.shop.example".to_owned()),
+                ours::Action::Proxy { upstreams: Vec::new() },
+            ),
+            route("shop/db/5432", ours::Match::Port(5432), ours::Action::Proxy { upstreams: upstreams() }),
+        ],
+    }
+}
+
+#[test]
+fn the_balancer_reads_every_table_the_agent_can_write() {
+    let text = serde_json::to_string(&table()).unwrap();
+    let read: theirs::Table = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    assert_eq!(read.validate(), Ok(()));
+    assert_eq!(read.version, 7);
+    let states: Vec<_> = read.routes[0].upstreams().iter().map(|upstream| upstream.state).collect();
+    assert_eq!(
+        states,
+        [theirs::UpstreamState::Up, theirs::UpstreamState::Draining, theirs::UpstreamState::Down]
+    );
+    assert!(matches!(read.routes[2].matches, theirs::Match::Port(5432)));
+    let hold = read.routes[0].hold.expect("the bounds of the hold came across");
+    assert_eq!((hold.max_requests, hold.max_age_ms), (512, 30_000));
+}
+
+#[test]
+fn the_agent_reads_what_the_balancer_writes() {
+    let text = serde_json::to_string(&table()).unwrap();
+    let read: theirs::Table = serde_json::from_str(&text).unwrap();
+    let again: ours::Table = serde_json::from_str(&serde_json::to_string(&read).unwrap()).unwrap();
+    assert_eq!(again, table());
+}
+
+#[test]
+fn the_balancer_reads_every_request() {
+    let sent = serde_json::to_string(&ours::Request::SetTable(table())).unwrap();
+    let read: protocol::Request =
+        serde_json::from_str(&sent).unwrap_or_else(|error| panic!("{error}: {sent}"));
+    assert!(matches!(read, protocol::Request::SetTable(table) if table.version == 7));
+
+    let sent = serde_json::to_string(&ours::Request::Status {}).unwrap();
+    let read: protocol::Request =
+        serde_json::from_str(&sent).unwrap_or_else(|error| panic!("{error}: {sent}"));
+    assert!(matches!(read, protocol::Request::Status(_)));
+}
+
+#[test]
+fn the_agent_reads_every_answer() {
+    let problem = protocol::Problem { route: Some("shop".to_owned()), message: "port 80: taken".to_owned() };
+    let ack = protocol::Response::Ack(protocol::Ack { version: 7, problems: vec![problem] });
+    match serde_json::from_str(&serde_json::to_string(&ack).unwrap()).unwrap() {
+        ours::Response::Ack(ack) => {
+            assert_eq!(ack.version, 7);
+            assert_eq!(ack.problems[0].route.as_deref(), Some("shop"));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn both_sides_bound_a_line_alike() {
+    assert_eq!(ours::LINE_BYTES_MAX, protocol::LINE_BYTES_MAX);
+}
