@@ -1,3 +1,256 @@
-//! The balancer.
+//! The balancer's command line.
+//!
+//! Without a subcommand it serves: listeners (`http`, `tcp-PORT`) and the control socket (`control`) come by
+//! the systemd socket-activation protocol or from `--http` and `--control`; routes come over the control
+//! socket, and from the state folder at start. `run` proxies without any of that. `status` and `set-table`
+//! speak to a running one.
 
-fn main() {}
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use epagent_balancer::control::client::Client;
+use epagent_balancer::core::config::Config;
+use epagent_balancer::core::engine::ListenerKind;
+use epagent_balancer::ring::inherit;
+use epagent_balancer::server::{Options, Server, chain, log};
+use epagent_balancer::table::{Action, Defaults, Match, Proxy, Route, Table, Upstream, UpstreamState};
+use epagent_balancer::worker::BufferSizes;
+
+/// An io_uring TCP and HTTP balancer that can hold a request while the app behind it changes.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve tables pushed over the control socket (the default)
+    Serve(ServeArgs),
+    /// Proxy from one address to others, without any control
+    Run(RunArgs),
+    /// Show the state of a running balancer, as JSON
+    Status(ControlArgs),
+    /// Give a running balancer the table in a JSON file
+    SetTable {
+        #[command(flatten)]
+        control: ControlArgs,
+        file: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct ServeArgs {
+    /// Folder in which the table is kept
+    #[arg(long)]
+    state: Option<PathBuf>,
+    /// Listen for HTTP here, besides inherited listeners (repeatable)
+    #[arg(long = "http", value_name = "ADDR:PORT")]
+    http: Vec<SocketAddr>,
+    /// Bind the control socket here, unless one is inherited
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Besides root, the uid that may use the control socket
+    #[arg(long, value_name = "UID")]
+    control_uid: Option<u32>,
+    /// Where routes by port listen
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDR")]
+    port_address: IpAddr,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+#[derive(Args)]
+struct RunArgs {
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: SocketAddr,
+    /// Where to (repeatable)
+    #[arg(long, value_name = "ADDR:PORT", required = true)]
+    upstream: Vec<SocketAddr>,
+    #[arg(long, value_enum, default_value = "http")]
+    mode: Mode,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Mode {
+    Tcp,
+    Http,
+}
+
+#[derive(Args)]
+struct ControlArgs {
+    /// The control socket
+    #[arg(long, value_name = "PATH")]
+    control: PathBuf,
+}
+
+#[derive(Args)]
+struct CommonArgs {
+    /// Data-path threads, each with a ring of its own
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    threads: u32,
+    /// Most client connections [default: what the descriptor limit allows]
+    #[arg(long, value_name = "COUNT")]
+    max_connections: Option<u64>,
+    /// Receive buffers per thread, a power of two
+    #[arg(long, default_value_t = 512, value_name = "COUNT")]
+    buffers: u16,
+    /// Size of a receive buffer, in bytes
+    #[arg(long, default_value_t = 16 * 1024, value_name = "BYTES")]
+    buffer_bytes: usize,
+    /// How long a request's header may take
+    #[arg(long, default_value_t = 10_000, value_name = "MS")]
+    header_timeout_ms: u64,
+    /// How long a client may idle between two requests
+    #[arg(long, default_value_t = 60_000, value_name = "MS")]
+    idle_timeout_ms: u64,
+    /// How long a body may stall, either way
+    #[arg(long, default_value_t = 60_000, value_name = "MS")]
+    body_timeout_ms: u64,
+    /// How long an app may say nothing while it owes a response
+    #[arg(long, default_value_t = 300_000, value_name = "MS")]
+    response_timeout_ms: u64,
+    /// How long a connect to an app may take
+    #[arg(long, default_value_t = 3_000, value_name = "MS")]
+    connect_timeout_ms: u64,
+    /// How long nothing may move in a TCP or upgraded connection
+    #[arg(long, default_value_t = 3_600_000, value_name = "MS")]
+    tunnel_timeout_ms: u64,
+    /// How long to finish what is under way when told to stop
+    #[arg(long, default_value_t = 5_000, value_name = "MS")]
+    stop_timeout_ms: u64,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match cli.command {
+        None => serve(cli.serve),
+        Some(Command::Serve(args)) => serve(args),
+        Some(Command::Run(args)) => run(args),
+        Some(Command::Status(args)) => status(&args.control),
+        Some(Command::SetTable { control, file }) => set_table(&control.control, &file),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            log(&message);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(args: ServeArgs) -> Result<(), String> {
+    let inherited = inherit::take().map_err(|error| chain(&error))?;
+    let (mut control, inherited): (Vec<_>, Vec<_>) =
+        inherited.into_iter().partition(|inherited| inherited.name == "control");
+    let control = match (control.pop(), &args.control) {
+        (Some(inherited), _) => Some(inherited.socket),
+        (None, Some(path)) => Some(bind_control(path)?.into()),
+        (None, None) => None,
+    };
+    let common = args.common;
+    start(Options {
+        state_dir: args.state,
+        port_address: args.port_address,
+        control_uid: args.control_uid,
+        control,
+        inherited,
+        bind: args.http.into_iter().map(|address| (ListenerKind::Http, address)).collect(),
+        ..common.options()
+    })
+}
+
+fn run(args: RunArgs) -> Result<(), String> {
+    let upstreams = args.upstream.iter().enumerate().map(|(index, address)| Upstream {
+        id: format!("upstream-{index}"),
+        address: *address,
+        state: UpstreamState::Up,
+    });
+    let port = args.listen.port();
+    let (kind, matches) = match args.mode {
+        Mode::Http => (ListenerKind::Http, Match::Host("*".to_owned())),
+        Mode::Tcp => (ListenerKind::Tcp { port }, Match::Port(port)),
+    };
+    let action = Action::Proxy(Proxy { upstreams: upstreams.collect() });
+    let route = Route { id: "run".to_owned(), matches, action, hold: None };
+    let table = Table { version: 0, routes: vec![route], defaults: Defaults::default() };
+    table.validate().map_err(|error| chain(&error))?;
+    start(Options { bind: vec![(kind, args.listen)], table, ..args.common.options() })
+}
+
+fn start(options: Options) -> Result<(), String> {
+    Server::start(options).and_then(Server::run).map_err(|error| chain(&error))
+}
+
+/// Binds a control socket, in place of one that a dead process left behind.
+fn bind_control(path: &Path) -> Result<UnixListener, String> {
+    let failed =
+        |error: std::io::Error| format!("cannot bind the control socket {}: {error}", path.display());
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(format!("another balancer uses the control socket {}", path.display()));
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    UnixListener::bind(path).map_err(failed)
+}
+
+fn status(control: &Path) -> Result<(), String> {
+    let status = connect(control)?.status().map_err(|error| chain(&error))?;
+    let text = serde_json::to_string_pretty(&status).map_err(|error| error.to_string())?;
+    println!("{text}");
+    Ok(())
+}
+
+fn set_table(control: &Path, file: &Path) -> Result<(), String> {
+    let text = std::fs::read(file).map_err(|error| format!("cannot read {}: {error}", file.display()))?;
+    let table: Table =
+        serde_json::from_slice(&text).map_err(|error| format!("{} is no table: {error}", file.display()))?;
+    let ack = connect(control)?.set_table(&table).map_err(|error| chain(&error))?;
+    println!("table {} is in force", ack.version);
+    for problem in ack.problems {
+        println!("problem with {}: {}", problem.route.as_deref().unwrap_or("the table"), problem.message);
+    }
+    Ok(())
+}
+
+fn connect(control: &Path) -> Result<Client, String> {
+    Client::connect(control, Duration::from_secs(5)).map_err(|error| chain(&error))
+}
+
+impl CommonArgs {
+    fn options(&self) -> Options {
+        Options {
+            threads: self.threads,
+            config: Config {
+                head_timeout_ms: self.header_timeout_ms,
+                client_idle_timeout_ms: self.idle_timeout_ms,
+                body_timeout_ms: self.body_timeout_ms,
+                response_timeout_ms: self.response_timeout_ms,
+                connect_timeout_ms: self.connect_timeout_ms,
+                tunnel_idle_timeout_ms: self.tunnel_timeout_ms,
+                ..Config::default()
+            },
+            connections_max: self.max_connections,
+            buffers: BufferSizes { count: self.buffers, size_bytes: self.buffer_bytes },
+            state_dir: None,
+            port_address: IpAddr::from([127, 0, 0, 1]),
+            control_uid: None,
+            control: None,
+            inherited: Vec::new(),
+            bind: Vec::new(),
+            table: Table::empty(),
+            stop_timeout: Duration::from_millis(self.stop_timeout_ms),
+        }
+    }
+}

@@ -57,7 +57,7 @@ impl Client {
     /// Asks for the state of things.
     pub fn status(&mut self) -> Result<Status, ClientError> {
         match self.request(&Request::Status(StatusQuery {}))? {
-            Response::Status(status) => Ok(status),
+            Response::Status(status) => Ok(*status),
             Response::Error(error) => Err(ClientError::Refused(error)),
             Response::Ack(_) => Err(ClientError::Mismatch),
         }

@@ -40,7 +40,7 @@ pub enum Response {
     /// The table is in force.
     Ack(Ack),
     /// The state of things.
-    Status(Status),
+    Status(Box<Status>),
     /// Nothing was changed, and why.
     Error(ControlError),
 }
@@ -167,6 +167,32 @@ pub struct UpstreamStatus {
     pub request_errors_total: u64,
     /// The last connect failed; it is tried again every 50 ms, by one request at a time.
     pub unreachable: bool,
+}
+
+impl RouteStatus {
+    /// Adds another thread's counts of the same route.
+    pub fn add(&mut self, other: &RouteStatus) {
+        self.requests_total += other.requests_total;
+        self.held += other.held;
+        self.oldest_held_ms = self.oldest_held_ms.max(other.oldest_held_ms);
+        self.held_total += other.held_total;
+        self.hold_shed_total += other.hold_shed_total;
+        self.hold_expired_total += other.hold_expired_total;
+    }
+}
+
+impl UpstreamStatus {
+    /// Adds another thread's counts of the same upstream.
+    pub fn add(&mut self, other: &UpstreamStatus) {
+        self.active_requests += other.active_requests;
+        self.active_connections += other.active_connections;
+        self.idle_connections += other.idle_connections;
+        self.requests_total += other.requests_total;
+        self.connections_total += other.connections_total;
+        self.connect_errors_total += other.connect_errors_total;
+        self.request_errors_total += other.request_errors_total;
+        self.unreachable |= other.unreachable;
+    }
 }
 
 macro_rules! counters {

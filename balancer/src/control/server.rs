@@ -1,0 +1,138 @@
+//! The listening end of the control socket. It is driven by one poll loop: nothing here waits, except for a
+//! peer that does not take its answer, and that for at most [`ANSWER_TIMEOUT`].
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, sockopt};
+
+use super::protocol::{ControlError, ErrorCode, LINE_BYTES_MAX, Request, Response};
+
+/// Most control connections at a time; one more is closed at once.
+const PEERS_MAX: usize = 16;
+/// How long a peer may take to accept its answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Most bytes read from one peer before the others have their turn.
+const READ_BYTES: usize = 64 * 1024;
+
+/// The control socket and who is connected to it.
+pub struct ControlServer {
+    listener: UnixListener,
+    /// Besides root, this uid may speak.
+    allowed_uid: Option<u32>,
+    peers: Vec<Peer>,
+}
+
+struct Peer {
+    stream: UnixStream,
+    /// What has come of the current line.
+    line: Vec<u8>,
+    gone: bool,
+}
+
+impl ControlServer {
+    /// Takes over a listening unix stream socket.
+    pub fn new(listener: OwnedFd, allowed_uid: Option<u32>) -> io::Result<Self> {
+        let listener = UnixListener::from(listener);
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, allowed_uid, peers: Vec::new() })
+    }
+
+    /// What to poll for readability.
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let peers = self.peers.iter().map(|peer| peer.stream.as_fd());
+        std::iter::once(self.listener.as_fd()).chain(peers).collect()
+    }
+
+    /// Takes in what has come, and answers each complete request with what `handle` makes of it.
+    pub fn serve(&mut self, mut handle: impl FnMut(Request) -> Response) {
+        self.accept();
+        for peer in &mut self.peers {
+            peer.read();
+            while let Some(line) = peer.take_line() {
+                let response = match serde_json::from_slice(&line) {
+                    Ok(request) => handle(request),
+                    Err(error) => refusal(ErrorCode::BadRequest, error.to_string()),
+                };
+                peer.answer(&response);
+            }
+            if peer.line.len() >= LINE_BYTES_MAX {
+                let message = format!("a request is longer than {LINE_BYTES_MAX} bytes");
+                peer.answer(&refusal(ErrorCode::BadRequest, message));
+                peer.gone = true;
+            }
+        }
+        self.peers.retain(|peer| !peer.gone);
+    }
+
+    fn accept(&mut self) {
+        // Errors of accepting are passing ones; the next poll tries again.
+        while let Ok((stream, _)) = self.listener.accept() {
+            if stream.set_write_timeout(Some(ANSWER_TIMEOUT)).is_err() || self.peers.len() >= PEERS_MAX {
+                continue;
+            }
+            let mut peer = Peer { stream, line: Vec::new(), gone: false };
+            let uid = getsockopt(&peer.stream, sockopt::PeerCredentials).map(|credentials| credentials.uid());
+            match uid {
+                Ok(uid) if uid == 0 || Some(uid) == self.allowed_uid => self.peers.push(peer),
+                _ => {
+                    let message = "this uid may not control the balancer".to_owned();
+                    peer.answer(&refusal(ErrorCode::Forbidden, message));
+                }
+            }
+        }
+    }
+}
+
+impl Peer {
+    fn read(&mut self) {
+        let _ = self.stream.set_nonblocking(true);
+        let mut bytes = [0; 8 * 1024];
+        let mut total = 0;
+        while total < READ_BYTES && self.line.len() < LINE_BYTES_MAX {
+            match self.stream.read(&mut bytes) {
+                Ok(0) => {
+                    self.gone = true;
+                    break;
+                }
+                Ok(count) => {
+                    self.line.extend_from_slice(&bytes[..count]);
+                    total += count;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(_) => {
+                    self.gone = true;
+                    break;
+                }
+            }
+        }
+    }
+
+    fn take_line(&mut self) -> Option<Vec<u8>> {
+        let newline = self.line.iter().position(|b| *b == b'\n')?;
+        let rest = self.line.split_off(newline + 1);
+        let mut line = std::mem::replace(&mut self.line, rest);
+        line.pop();
+        Some(line)
+    }
+
+    fn answer(&mut self, response: &Response) {
+        let Ok(mut text) = serde_json::to_vec(response) else {
+            self.gone = true;
+            return;
+        };
+        text.push(b'\n');
+        let _ = self.stream.set_nonblocking(false);
+        if self.stream.write_all(&text).is_err() {
+            self.gone = true;
+        }
+    }
+}
+
+/// An answer that nothing was changed.
+pub fn refusal(code: ErrorCode, message: String) -> Response {
+    Response::Error(ControlError { code, message })
+}

@@ -1,0 +1,226 @@
+//! The client's side of HTTP: reading requests, passing bodies on, answering for the balancer.
+
+use super::chunk::Chunk;
+use super::engine::Core;
+use super::http::answer::Answer;
+use super::http::head::{self, Scan, Version};
+use super::http::request;
+use super::io::{Op, SockId};
+use super::session::{Finish, HttpClient, Phase, Request, Role, Sock, Wait};
+
+/// What looking at a client's bytes led to.
+enum Step {
+    /// This many were used; look at the rest.
+    Used(usize),
+    /// The rest has to wait.
+    Keep,
+    /// Nothing more of this client is wanted.
+    Over,
+}
+
+impl Core {
+    /// Uses what a client sent: `fresh` bytes, after any kept from before.
+    pub(super) fn client_input(&mut self, id: SockId, fresh: Option<Chunk>) {
+        let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return };
+        let mut chunk = join(&mut http.inbuf, fresh);
+        while !chunk.is_empty() {
+            let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return };
+            let step = match http.phase {
+                Phase::Head => self.read_head(id, &chunk),
+                Phase::Exchange if !http.body_done() => self.pass_body(id, &chunk),
+                Phase::Waiting | Phase::Exchange => Step::Keep,
+                Phase::Done => Step::Over,
+            };
+            match step {
+                Step::Used(count) => chunk.advance(count),
+                Step::Keep => break,
+                Step::Over => return,
+            }
+        }
+        if let Some(http) = self.socks.get_mut(id).and_then(Sock::http) {
+            http.inbuf = chunk.into_vec();
+        }
+        self.touch(id);
+    }
+
+    /// Answers in the balancer's own name. The client must have no upstream. It goes on to its next request
+    /// if this one was taken in whole.
+    pub(super) fn answer(&mut self, id: SockId, answer: Answer) {
+        *answer.counter(&mut self.counters) += 1;
+        let (now, stopping) = (self.now, self.stopping);
+        let Some(sock) = self.socks.get_mut(id) else { return };
+        let Some(http) = sock.http() else { return };
+        let request = http.request.take();
+        let keep_alive = !stopping
+            && request.as_ref().is_some_and(|request| {
+                request.keep_alive && request.body.is_done() && request.version == Version::Http11
+            });
+        http.head_since = None;
+        if keep_alive {
+            (http.phase, http.idle_since) = (Phase::Head, now);
+        } else {
+            http.phase = Phase::Done;
+            http.inbuf = Vec::new();
+            sock.finish = Finish::Linger { until: None };
+        }
+        let is_head = request.is_some_and(|request| request.is_head);
+        sock.push(now, Chunk::owned(answer.write(is_head, keep_alive)));
+        self.touch(id);
+        self.runnable.push_back(id);
+    }
+
+    /// A client is gone without a goodbye.
+    pub(super) fn client_gone(&mut self, id: SockId) {
+        let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else {
+            return self.close_client(id, true);
+        };
+        if matches!(http.phase, Phase::Waiting | Phase::Exchange) {
+            self.counters.client_aborted += 1;
+        }
+        self.close_client(id, true);
+    }
+
+    /// Closes a client, and whatever an upstream was doing for it.
+    pub(super) fn close_client(&mut self, id: SockId, reset: bool) {
+        self.unhold(id);
+        let Some(sock) = self.socks.remove(id) else { return };
+        self.out.push(Op::Close { sock: id, reset });
+        self.counters.connections_open -= 1;
+        if let Some(upstream) = sock.peer {
+            self.discard_upstream(upstream, true);
+        }
+    }
+
+    fn read_head(&mut self, id: SockId, chunk: &Chunk) -> Step {
+        let limit_bytes = self.config.head_bytes_max;
+        let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return Step::Over };
+        let (start, end) = match head::find_end(chunk, http.scanned) {
+            Scan::Complete { start, end } if end - start <= limit_bytes => (start, end),
+            Scan::Partial { from } if chunk.len() <= limit_bytes => {
+                http.scanned = from;
+                http.head_since.get_or_insert(self.now);
+                return Step::Keep;
+            }
+            Scan::Complete { .. } | Scan::Partial { .. } => return self.refuse(id, Answer::LargeHead),
+            Scan::Malformed(error) => return self.refuse(id, Answer::Refused(error)),
+        };
+        http.scanned = 0;
+        http.head_since = None;
+        let address = http.address;
+        let judged = head::parse_request(&chunk[start..end]).and_then(|head| request::plan(&head, address));
+        match judged {
+            Ok(plan) => self.begin(id, plan),
+            Err(error) => return self.refuse(id, Answer::Refused(error)),
+        }
+        Step::Used(end)
+    }
+
+    fn refuse(&mut self, id: SockId, answer: Answer) -> Step {
+        self.answer(id, answer);
+        Step::Over
+    }
+
+    /// A request was understood: find its route and an upstream.
+    fn begin(&mut self, id: SockId, plan: request::RequestPlan) {
+        self.counters.requests += 1;
+        let route = self.routes.by_host(&plan.host);
+        let has_hosts = self.routes.has_hosts();
+        let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return };
+        http.requests += 1;
+        http.phase = Phase::Waiting;
+        // A key that no route has stands for none until the answer below is given.
+        let wait = Wait { route: route.unwrap_or(super::slab::RouteKey::NONE), since: None, queued: false };
+        http.request = Some(Request {
+            wait,
+            host: plan.host,
+            forward: Chunk::owned(plan.forward),
+            body: plan.body,
+            version: plan.version,
+            is_head: plan.is_head,
+            repeatable: plan.repeatable,
+            keep_alive: plan.keep_alive,
+            upgrade: plan.upgrade,
+            fresh_only: false,
+        });
+        match route {
+            Some(_) => {
+                self.count_request(id);
+                self.dispatch(id);
+            }
+            None if has_hosts => self.answer(id, Answer::UnknownHost),
+            None => self.answer(id, Answer::NoRoutes),
+        }
+    }
+
+    /// Passes what belongs to the body on to the upstream.
+    fn pass_body(&mut self, id: SockId, chunk: &Chunk) -> Step {
+        let Some(sock) = self.socks.get_mut(id) else { return Step::Over };
+        let Some(upstream) = sock.peer else { return Step::Keep };
+        let Some(request) = sock.http().and_then(|http| http.request.as_mut()) else { return Step::Over };
+        match request.body.feed(chunk, None) {
+            Ok(used) => {
+                let now = self.now;
+                if let Some(upstream) = self.socks.get_mut(upstream) {
+                    upstream.push(now, chunk.slice(0..used));
+                }
+                self.touch(upstream);
+                Step::Used(used)
+            }
+            Err(_) => {
+                self.abandon_exchange(id, Answer::BadChunk);
+                Step::Over
+            }
+        }
+    }
+
+    /// The client broke off or broke the rules in the middle of its request: its upstream connection is
+    /// cut, and it gets this answer if it can still be given one.
+    pub(super) fn abandon_exchange(&mut self, client: SockId, answer: Answer) {
+        let Some(sock) = self.socks.get_mut(client) else { return };
+        let upstream = sock.peer.take();
+        let unanswered = match upstream.and_then(|upstream| self.socks.get_mut(upstream)) {
+            Some(upstream) => upstream.exchange().is_none_or(|exchange| exchange.is_head()),
+            None => true,
+        };
+        if let Some(upstream) = upstream {
+            self.discard_upstream(upstream, true);
+        }
+        if unanswered {
+            self.answer(client, answer);
+        } else {
+            *answer.counter(&mut self.counters) += 1;
+            self.close_client(client, true);
+        }
+    }
+}
+
+impl HttpClient {
+    /// Whether the client is between two requests.
+    pub(super) fn is_between(&self) -> bool {
+        self.phase == Phase::Head && self.head_since.is_none()
+    }
+}
+
+impl Sock {
+    /// Whether this client waits for an upstream that is not there yet.
+    pub(super) fn is_waiting(&self) -> bool {
+        match &self.role {
+            Role::Http(http) => http.phase == Phase::Waiting,
+            Role::Tcp { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// Bytes kept from before, and then fresh ones, as one chunk.
+pub(super) fn join(kept: &mut Vec<u8>, fresh: Option<Chunk>) -> Chunk {
+    let mut bytes = std::mem::take(kept);
+    match fresh {
+        Some(fresh) if bytes.is_empty() => fresh,
+        Some(fresh) => {
+            bytes.extend_from_slice(&fresh);
+            Chunk::owned(bytes)
+        }
+        None => Chunk::owned(bytes),
+    }
+}

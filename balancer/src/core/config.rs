@@ -1,0 +1,78 @@
+//! The bounds the core works within. Each is a default that the command line may change.
+
+use super::io::Millis;
+
+/// Bounds and waits of one thread's core.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Client connections; accepting pauses there. One accept burst may exceed it by [`Config::SLACK`].
+    pub connections_max: u64,
+    /// How many threads share the table's hold limits.
+    pub threads: u32,
+    /// A request head larger than this gets 431.
+    pub head_bytes_max: usize,
+    /// From a request's first byte (or from accepting) to the end of its head; then 408.
+    pub head_timeout_ms: Millis,
+    /// Between two requests of a client.
+    pub client_idle_timeout_ms: Millis,
+    /// A client or upstream that takes or sends nothing of a body it owes us.
+    pub body_timeout_ms: Millis,
+    /// An upstream that sends nothing while it owes a response; then 504.
+    pub response_timeout_ms: Millis,
+    /// A connect to an upstream.
+    pub connect_timeout_ms: Millis,
+    /// A tunnel in which nothing moves.
+    pub tunnel_idle_timeout_ms: Millis,
+}
+
+impl Config {
+    /// How far one accept burst may go beyond `connections_max`.
+    pub const SLACK: u64 = 1024;
+    /// A source is stopped when this much waits to be sent to its other side...
+    pub const BACKLOG_HIGH_BYTES: usize = 128 * 1024;
+    /// ...and goes on when no more than this is left.
+    pub const BACKLOG_LOW_BYTES: usize = 32 * 1024;
+    /// Request bytes kept of a client that has to wait: body while it is held, pipelined requests.
+    pub const AHEAD_BYTES: usize = 64 * 1024;
+    /// A response head larger than this is refused.
+    pub const RESPONSE_HEAD_BYTES_MAX: usize = 64 * 1024;
+    /// Kept-alive connections per upstream and thread.
+    pub const IDLE_PER_UPSTREAM: usize = 256;
+    /// How long a kept-alive connection may wait for its next request. Shorter than what app servers use
+    /// (gunicorn 2 s, Node 5 s), so that it is the balancer who closes first.
+    pub const UPSTREAM_IDLE_MS: Millis = 1_500;
+    /// A request that must not be repeated is given only to a connection that idled less than this.
+    pub const UPSTREAM_IDLE_UNREPEATABLE_MS: Millis = 250;
+    /// Connects under way per upstream and thread; more requests are held until one completes.
+    pub const CONNECTING_MAX: u32 = 512;
+    /// How often held requests look again, and how soon an unreachable upstream is tried again when no
+    /// other is left.
+    pub const HOLD_TICK_MS: Millis = 50;
+    /// Longest wait before an unreachable upstream is tried again while others serve.
+    pub const BACKOFF_MAX_MS: Millis = 5_000;
+    /// Connect timeout of such a try.
+    pub const PROBE_TIMEOUT_MS: Millis = 1_000;
+    /// How long the rest of an unwanted request is read and dropped, so that the client sees our answer
+    /// rather than a reset.
+    pub const LINGER_MS: Millis = 1_000;
+    /// Pause after accepting failed for lack of descriptors or memory.
+    pub const ACCEPT_BACKOFF_MS: Millis = 100;
+    /// While stopping: an idle client is closed after this.
+    pub const STOPPING_IDLE_MS: Millis = 1_000;
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            connections_max: 50_000,
+            threads: 1,
+            head_bytes_max: 32 * 1024,
+            head_timeout_ms: 10_000,
+            client_idle_timeout_ms: 60_000,
+            body_timeout_ms: 60_000,
+            response_timeout_ms: 300_000,
+            connect_timeout_ms: 3_000,
+            tunnel_idle_timeout_ms: 3_600_000,
+        }
+    }
+}

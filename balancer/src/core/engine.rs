@@ -1,0 +1,325 @@
+//! The core's loop: completions in, operations out.
+//!
+//! Calling contract, once per batch: [`Core::handle`] for each completion, then [`Core::finish_batch`], then
+//! take [`Core::ops`] and give them to the door; wait no longer than [`Core::next_deadline`]. Between two
+//! batches, [`Core::set_table`], [`Core::add_listener`] and the like may be called.
+//!
+//! Handlers change state and put the sockets they changed on a list; [`super::settle`] then brings each
+//! socket's sends, receive, timer and end into line with its state. So no handler needs to think of all
+//! that follows from it, and what follows is decided in one place.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::chunk::Chunk;
+use super::config::Config;
+use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
+use super::routes::Routes;
+use super::session::{Finish, HttpClient, Recv, Role, Sock, Wait};
+use super::slab::Slab;
+use super::timers::Timers;
+use super::upstreams::Upstreams;
+use crate::control::protocol::{Counters, RouteStatus, UpstreamStatus};
+use crate::table::Table;
+
+/// One thread's data path, without its I/O.
+#[derive(Debug, Default)]
+pub struct Core {
+    pub(super) config: Config,
+    pub(super) now: Millis,
+    pub(super) socks: Slab<SockId, Sock>,
+    pub(super) routes: Routes,
+    pub(super) upstreams: Upstreams,
+    pub(super) timers: Timers,
+    pub(super) touched: Vec<SockId>,
+    /// Clients with bytes left over that may now be used.
+    pub(super) runnable: VecDeque<SockId>,
+    /// Something has become possible for held requests.
+    pub(super) release_wanted: bool,
+    pub(super) hold_tick_at: Option<Millis>,
+    pub(super) stopping: bool,
+    pub(super) counters: Counters,
+    pub(super) out: Vec<Op>,
+    listeners: BTreeMap<ListenerId, Listener>,
+    accept_after: Option<Millis>,
+}
+
+/// What is accepted on a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ListenerKind {
+    Http,
+    /// Plain TCP, by the route of this port.
+    Tcp {
+        port: u16,
+    },
+}
+
+#[derive(Debug)]
+struct Listener {
+    kind: ListenerKind,
+    recv: Recv,
+    removed: bool,
+}
+
+/// What status shows of one core.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    pub routes: Vec<RouteStatus>,
+    pub upstreams: Vec<UpstreamStatus>,
+    pub counters: Counters,
+}
+
+impl Core {
+    pub fn new(config: Config) -> Self {
+        Self { config, ..Self::default() }
+    }
+
+    /// Takes in one completion.
+    pub fn handle(&mut self, now: Millis, completion: Completion) {
+        self.now = now;
+        match completion {
+            Completion::Accepted { listener, raw, peer } => self.accepted(listener, raw, peer),
+            Completion::AcceptEnded { listener, error } => self.accept_ended(listener, error),
+            Completion::Connected { sock } => self.connected(sock),
+            Completion::ConnectFailed { sock, error } => self.connect_failed(sock, error),
+            Completion::Received { sock, chunk } => self.received(sock, chunk),
+            Completion::RecvEnded { sock, why } => self.recv_ended(sock, why),
+            Completion::Sent { sock, bytes } => self.sent(sock, bytes),
+            Completion::SendFailed { sock, .. } => self.send_failed(sock),
+        }
+    }
+
+    /// Ends a batch: deadlines, held requests, leftovers, and then everything that changed.
+    pub fn finish_batch(&mut self, now: Millis) {
+        self.now = now;
+        self.expire_due();
+        self.hold_tick();
+        loop {
+            if let Some(client) = self.runnable.pop_front() {
+                self.client_input(client, None);
+            } else if std::mem::take(&mut self.release_wanted) {
+                self.release_all();
+            } else if let Some(sock) = self.touched.pop() {
+                self.settle(sock);
+            } else {
+                break;
+            }
+        }
+        self.settle_accepting();
+    }
+
+    /// The operations decided on, in order; the caller empties it.
+    pub fn ops(&mut self) -> &mut Vec<Op> {
+        &mut self.out
+    }
+
+    /// When the next batch must happen even if nothing completes.
+    pub fn next_deadline(&self) -> Option<Millis> {
+        [self.timers.next_at(), self.hold_tick_at, self.accept_after].into_iter().flatten().min()
+    }
+
+    /// Starts accepting on a listener.
+    pub fn add_listener(&mut self, id: ListenerId, kind: ListenerKind) {
+        self.listeners.insert(id, Listener { kind, recv: Recv::Off, removed: false });
+    }
+
+    /// Stops accepting on a listener, and forgets it.
+    pub fn remove_listener(&mut self, id: ListenerId) {
+        if let Some(listener) = self.listeners.get_mut(&id) {
+            listener.removed = true;
+        }
+    }
+
+    /// Routes by another table from now on.
+    pub fn set_table(&mut self, now: Millis, table: &Table) {
+        self.now = now;
+        for idle in self.upstreams.apply(table) {
+            self.discard_upstream(idle, false);
+        }
+        let orphans = self.routes.apply(table, &self.upstreams, self.config.threads.max(1));
+        for client in orphans {
+            self.reroute(client);
+        }
+        self.upstreams.sweep();
+        self.release_wanted = true;
+    }
+
+    /// Accepts nothing more, and lets clients go as they finish what they are doing.
+    pub fn stop(&mut self, now: Millis) {
+        self.now = now;
+        self.stopping = true;
+        let clients: Vec<SockId> = self.socks.iter().map(|(id, _)| id).collect();
+        for client in clients {
+            self.touch(client);
+        }
+    }
+
+    /// Whether a stopping core has no client left.
+    pub fn is_finished(&self) -> bool {
+        self.stopping && self.counters.connections_open == 0
+    }
+
+    /// Open sockets, for tests that look for leaks.
+    pub fn socket_count(&self) -> usize {
+        self.socks.len()
+    }
+
+    pub fn snapshot(&self, now: Millis) -> Snapshot {
+        Snapshot {
+            routes: self.routes.iter().map(|route| route.status(now)).collect(),
+            upstreams: self.upstreams.iter().map(|upstream| upstream.status()).collect(),
+            counters: self.counters.clone(),
+        }
+    }
+
+    /// Puts a socket on the list of those to settle.
+    pub(super) fn touch(&mut self, id: SockId) {
+        if let Some(sock) = self.socks.get_mut(id)
+            && !std::mem::replace(&mut sock.touched, true)
+        {
+            self.touched.push(id);
+        }
+    }
+
+    fn accepted(&mut self, listener: ListenerId, raw: RawSocket, peer: Option<std::net::IpAddr>) {
+        let kind = self.listeners.get(&listener).map(|listener| listener.kind);
+        let full = self.counters.connections_open >= self.config.connections_max + Config::SLACK;
+        let Some(kind) = kind.filter(|_| !full) else {
+            return self.out.push(Op::Refuse { raw });
+        };
+        let role = match kind {
+            ListenerKind::Http => Role::Http(Box::new(HttpClient::new(peer, self.now))),
+            ListenerKind::Tcp { port } => {
+                let Some(route) = self.routes.by_port(port) else {
+                    self.counters.tcp_unrouted += 1;
+                    return self.out.push(Op::Refuse { raw });
+                };
+                Role::Tcp { wait: Wait { route, since: None, queued: false }, inbuf: Vec::new() }
+            }
+        };
+        let is_tcp = matches!(role, Role::Tcp { .. });
+        let sock = self.socks.insert(Sock::new(role, None, self.now));
+        self.counters.connections_accepted += 1;
+        self.counters.connections_open += 1;
+        self.out.push(Op::Adopt { raw, sock });
+        self.touch(sock);
+        if is_tcp {
+            self.count_request(sock);
+            self.dispatch(sock);
+        }
+    }
+
+    fn accept_ended(&mut self, id: ListenerId, error: Option<Errno>) {
+        let Some(listener) = self.listeners.get_mut(&id) else { return };
+        listener.recv = Recv::Off;
+        if error.is_some() {
+            // Out of descriptors, most likely: pausing lets some be closed, and never spins.
+            self.counters.accept_backoff += 1;
+            self.accept_after = Some(self.now + Config::ACCEPT_BACKOFF_MS);
+        }
+    }
+
+    /// Arms and stops accepting as the number of connections, shortages and stopping ask for.
+    fn settle_accepting(&mut self) {
+        if self.accept_after.is_some_and(|at| at <= self.now) {
+            self.accept_after = None;
+        }
+        let full = self.counters.connections_open >= self.config.connections_max;
+        let mut paused = false;
+        for (id, listener) in &mut self.listeners {
+            let wanted = !full && !self.stopping && !listener.removed && self.accept_after.is_none();
+            match (wanted, listener.recv) {
+                (true, Recv::Off) => {
+                    listener.recv = Recv::Armed;
+                    self.out.push(Op::Accept(*id));
+                }
+                (false, Recv::Armed) => {
+                    listener.recv = Recv::Stopping;
+                    paused = full;
+                    self.out.push(Op::StopAccept(*id));
+                }
+                _ => {}
+            }
+        }
+        self.counters.accept_paused_full += u64::from(paused);
+        self.listeners.retain(|_, listener| !(listener.removed && listener.recv == Recv::Off));
+    }
+
+    fn received(&mut self, id: SockId, chunk: Chunk) {
+        let now = self.now;
+        let Some(sock) = self.socks.get_mut(id) else { return };
+        sock.moved_at = now;
+        let bytes = chunk.len() as u64;
+        match sock.is_client() {
+            true => self.counters.bytes_from_clients += bytes,
+            false => self.counters.bytes_from_upstreams += bytes,
+        }
+        match &mut sock.role {
+            _ if matches!(sock.finish, Finish::Linger { .. } | Finish::Close) => {}
+            Role::Http(_) => self.client_input(id, Some(chunk)),
+            Role::Tcp { inbuf, .. } => inbuf.extend_from_slice(&chunk),
+            Role::Upstream(_) => self.upstream_input(id, chunk),
+            Role::Tunnel { .. } => self.tunnel_input(id, chunk),
+        }
+        self.touch(id);
+    }
+
+    fn recv_ended(&mut self, id: SockId, why: RecvEnd) {
+        let Some(sock) = self.socks.get_mut(id) else { return };
+        sock.recv = Recv::Off;
+        self.touch(id);
+        match why {
+            RecvEnd::Ended => {}
+            RecvEnd::NoBuffers => self.counters.no_buffers += 1,
+            RecvEnd::Eof => self.read_closed(id),
+            RecvEnd::Failed(_) => self.broken(id),
+        }
+    }
+
+    /// The peer sent FIN.
+    fn read_closed(&mut self, id: SockId) {
+        let Some(sock) = self.socks.get_mut(id) else { return };
+        sock.read_closed = true;
+        match &sock.role {
+            Role::Upstream(_) => self.upstream_closed(id, false),
+            Role::Tunnel { .. } => self.tunnel_closed(id),
+            // A client that half-closes still gets its answers; settling closes it when there are none.
+            Role::Http(_) | Role::Tcp { .. } => {}
+        }
+    }
+
+    /// The connection is gone: reset, timed out by the kernel, or the like.
+    pub(super) fn broken(&mut self, id: SockId) {
+        let Some(sock) = self.socks.get(id) else { return };
+        match &sock.role {
+            Role::Upstream(_) => self.upstream_closed(id, true),
+            Role::Tunnel { .. } => self.tunnel_broken(id),
+            Role::Http(_) | Role::Tcp { .. } => self.client_gone(id),
+        }
+    }
+
+    fn sent(&mut self, id: SockId, bytes: usize) {
+        let now = self.now;
+        let Some(sock) = self.socks.get_mut(id) else { return };
+        sock.out.sent(bytes);
+        if bytes > 0 {
+            sock.moved_at = now;
+        }
+        let peer = sock.peer;
+        self.touch(id);
+        if let Some(peer) = peer {
+            self.touch(peer);
+        }
+    }
+
+    fn send_failed(&mut self, id: SockId) {
+        let Some(sock) = self.socks.get_mut(id) else { return };
+        sock.out_dead = true;
+        sock.out = Default::default();
+        // An upstream that stopped reading may have answered first; its last words decide.
+        let decides = matches!(sock.role, Role::Upstream(_));
+        self.touch(id);
+        if !decides {
+            self.broken(id);
+        }
+    }
+}

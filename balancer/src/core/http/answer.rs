@@ -1,0 +1,147 @@
+//! The balancer's own answers: each fault has its own status, words and counter, and a header that tells
+//! them from an app's (`X-Epagent-Error: unknown_host`).
+
+use std::io::Write;
+
+use super::head::HeadError;
+use crate::control::protocol::Counters;
+
+/// Everything the balancer says in its own name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    Refused(HeadError),
+    BadChunk,
+    SlowHead,
+    LargeHead,
+    UnknownHost,
+    NoRoutes,
+    HoldShed,
+    HoldExpired,
+    UpstreamDied,
+    UpstreamBadResponse,
+    UpstreamTimeout,
+}
+
+/// The words of one answer.
+struct Words {
+    status: &'static str,
+    code: &'static str,
+    text: String,
+    extra: &'static str,
+}
+
+impl Answer {
+    /// The counter this answer has of its own.
+    pub fn counter(self, counters: &mut Counters) -> &mut u64 {
+        match self {
+            Answer::Refused(HeadError::Connect) => &mut counters.refused_method,
+            Answer::Refused(HeadError::Version) => &mut counters.refused_version,
+            Answer::Refused(HeadError::TooManyFields) | Answer::LargeHead => &mut counters.refused_large_head,
+            Answer::Refused(_) | Answer::BadChunk => &mut counters.refused_bad_request,
+            Answer::SlowHead => &mut counters.refused_slow_head,
+            Answer::UnknownHost => &mut counters.unknown_host,
+            Answer::NoRoutes => &mut counters.no_routes,
+            Answer::HoldShed => &mut counters.hold_shed,
+            Answer::HoldExpired => &mut counters.hold_expired,
+            Answer::UpstreamDied => &mut counters.upstream_died,
+            Answer::UpstreamBadResponse => &mut counters.upstream_bad_response,
+            Answer::UpstreamTimeout => &mut counters.upstream_timeout,
+        }
+    }
+
+    /// The whole response. A response to HEAD has no body (RFC 9110 §9.3.2).
+    pub fn write(self, is_head: bool, keep_alive: bool) -> Vec<u8> {
+        let words = self.words();
+        let mut out = Vec::with_capacity(512);
+        let connection = if keep_alive { "" } else { "Connection: close\r\n" };
+        // Writing to a vector cannot fail.
+        let _ = write!(
+            out,
+            "HTTP/1.1 {}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\n\
+             Cache-Control: no-store\r\nX-Epagent-Error: {}\r\n{}{connection}\r\n",
+            words.status,
+            words.text.len(),
+            words.code,
+            words.extra,
+        );
+        if !is_head {
+            out.extend_from_slice(words.text.as_bytes());
+        }
+        out
+    }
+
+    fn words(self) -> Words {
+        let (status, code, text, extra) = match self {
+            Answer::Refused(HeadError::Connect) => {
+                let allow = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n";
+                return Words {
+                    status: "405 Method Not Allowed",
+                    code: "method_not_allowed",
+                    text: "CONNECT is not supported here.\n".to_owned(),
+                    extra: allow,
+                };
+            }
+            Answer::Refused(error) => {
+                let (status, code) = match error {
+                    HeadError::Version => ("505 HTTP Version Not Supported", "http_version"),
+                    HeadError::TooManyFields => ("431 Request Header Fields Too Large", "head_too_large"),
+                    HeadError::TransferCoding => ("501 Not Implemented", "transfer_coding"),
+                    _ => ("400 Bad Request", "bad_request"),
+                };
+                return Words {
+                    status,
+                    code,
+                    text: format!("The request was refused: {error}.\n"),
+                    extra: "",
+                };
+            }
+            Answer::BadChunk => (
+                "400 Bad Request",
+                "bad_chunk",
+                "The request was refused: its chunked body is malformed.\n",
+                "",
+            ),
+            Answer::SlowHead => {
+                ("408 Request Timeout", "slow_head", "The request's header did not arrive in time.\n", "")
+            }
+            Answer::LargeHead => (
+                "431 Request Header Fields Too Large",
+                "head_too_large",
+                "The request's header is larger than 32 KiB.\n",
+                "",
+            ),
+            Answer::UnknownHost => ("404 Not Found", "unknown_host", "No app here has this host name.\n", ""),
+            Answer::NoRoutes => (
+                "503 Service Unavailable",
+                "no_routes",
+                "No app is deployed here yet.\n",
+                "Retry-After: 5\r\n",
+            ),
+            Answer::HoldShed => (
+                "503 Service Unavailable",
+                "hold_shed",
+                "The app is busy and too many requests wait for it already. Retry in 5 seconds.\n",
+                "Retry-After: 5\r\n",
+            ),
+            Answer::HoldExpired => (
+                "503 Service Unavailable",
+                "hold_expired",
+                "The app is busy and did not become ready in time. Retry in 5 seconds.\n",
+                "Retry-After: 5\r\n",
+            ),
+            Answer::UpstreamDied => (
+                "502 Bad Gateway",
+                "upstream_died",
+                "The app closed the connection before it answered. The request may have been carried out.\n",
+                "",
+            ),
+            Answer::UpstreamBadResponse => {
+                ("502 Bad Gateway", "upstream_bad_response", "The app's answer is not valid HTTP/1.1.\n", "")
+            }
+            Answer::UpstreamTimeout => {
+                ("504 Gateway Timeout", "upstream_timeout", "The app did not answer in time.\n", "")
+            }
+        };
+        Words { status, code, text: text.to_owned(), extra }
+    }
+}

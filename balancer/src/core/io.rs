@@ -1,0 +1,111 @@
+//! The words between the core and a door: operations out, completions in.
+//!
+//! They are few on purpose. Everything a door does with a socket is one of [`Op`]; everything it may say is
+//! one of [`Completion`]. The core names sockets by [`SockId`], which it makes itself and never uses twice
+//! within a door's memory, so that an answer meant for a closed socket is recognised and dropped.
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::chunk::Chunk;
+
+/// Milliseconds on a clock that never goes back; where it starts does not matter.
+pub type Millis = u64;
+
+/// A socket as the core knows it: a slot and how often the slot has been used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SockId {
+    pub index: u32,
+    /// Below 2^[`GENERATION_BITS`], then from 0 again.
+    pub generation: u32,
+}
+
+/// How many bits of a generation there are; the rest of a 64-bit token is a door's own.
+pub const GENERATION_BITS: u32 = 28;
+
+/// A listening socket. Never reused within a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ListenerId(pub u32);
+
+/// An accepted socket that the core has not named yet; only the door knows what the number means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RawSocket(pub i32);
+
+/// An error number of the system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Errno(pub i32);
+
+impl Errno {
+    /// Whether the process or the machine ran short of something, rather than the peer failing.
+    pub fn is_shortage(self) -> bool {
+        matches!(self.0, libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS | libc::EADDRNOTAVAIL)
+    }
+}
+
+/// How long a receive stays armed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RecvMode {
+    /// Until it is stopped or ends by itself. What fast flows use.
+    Many,
+    /// For one chunk. What flows use whose other side has been slow, so that they cannot overshoot.
+    Once,
+}
+
+/// What the core asks of a door. Operations on one socket take effect in the order given.
+#[derive(Debug)]
+pub enum Op {
+    /// Start accepting; ends with [`Completion::AcceptEnded`].
+    Accept(ListenerId),
+    /// End accepting. Sockets accepted before it takes effect still arrive.
+    StopAccept(ListenerId),
+    /// Give an accepted socket its name.
+    Adopt { raw: RawSocket, sock: SockId },
+    /// Close an accepted socket at once, with a reset.
+    Refuse { raw: RawSocket },
+    /// Make a socket and connect it; answered by `Connected` or `ConnectFailed`.
+    Connect { sock: SockId, address: SocketAddr },
+    /// Start receiving; ends with [`Completion::RecvEnded`]. At most one is armed for a socket.
+    Recv { sock: SockId, mode: RecvMode },
+    /// End receiving. What was received before it takes effect still arrives.
+    StopRecv { sock: SockId },
+    /// Send; at most one is under way for a socket. With `wait` it ends when some of it was taken; without,
+    /// at once, with what the socket's buffer takes now (perhaps nothing).
+    Send { sock: SockId, chunks: Vec<Chunk>, wait: bool },
+    /// Send FIN: the peer sees the end of the stream.
+    ShutdownWrite { sock: SockId },
+    /// Cancel whatever is under way and close; with `reset` the peer sees RST. Nothing more is said of it.
+    Close { sock: SockId, reset: bool },
+}
+
+/// What a door answers.
+#[derive(Debug)]
+pub enum Completion {
+    /// A connection came in.
+    Accepted { listener: ListenerId, raw: RawSocket, peer: Option<IpAddr> },
+    /// Accepting ended: stopped (`None`) or failed.
+    AcceptEnded { listener: ListenerId, error: Option<Errno> },
+    /// The socket is connected.
+    Connected { sock: SockId },
+    /// It is not, and never will be.
+    ConnectFailed { sock: SockId, error: Errno },
+    /// Bytes came in.
+    Received { sock: SockId, chunk: Chunk },
+    /// Receiving ended.
+    RecvEnded { sock: SockId, why: RecvEnd },
+    /// The send is over and this much of it was taken; less than all of it is not an error.
+    Sent { sock: SockId, bytes: usize },
+    /// The send failed; the peer takes no more.
+    SendFailed { sock: SockId, error: Errno },
+}
+
+/// Why receiving ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RecvEnd {
+    /// The peer sent FIN.
+    Eof,
+    /// Every shared buffer was in use.
+    NoBuffers,
+    /// It was stopped, or was for one chunk, or the kernel ended it for reasons of its own.
+    Ended,
+    /// The connection is gone.
+    Failed(Errno),
+}

@@ -1,0 +1,185 @@
+//! The routes: finding the one a host or port belongs to, and the queue of what each one holds.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::io::{Millis, SockId};
+use super::slab::{RouteKey, Slab, UpstreamKey};
+use super::upstreams::Upstreams;
+use crate::control::protocol::RouteStatus;
+use crate::table::{Action, HoldLimits, Match, Table, UpstreamState, normal_pattern};
+
+/// One route as the core runs it.
+#[derive(Debug)]
+pub struct Route {
+    pub id: String,
+    /// The upstreams that may be given traffic; none when the route holds.
+    pub up: Vec<UpstreamKey>,
+    /// Whose turn it is among equals.
+    pub turn: usize,
+    /// This thread's share of the route's limits.
+    pub limits: HoldLimits,
+    /// Clients that wait, the oldest first, with when they began to.
+    pub held: VecDeque<(SockId, Millis)>,
+    pub requests_total: u64,
+    pub held_total: u64,
+    pub shed_total: u64,
+    pub expired_total: u64,
+}
+
+impl Route {
+    pub fn status(&self, now: Millis) -> RouteStatus {
+        RouteStatus {
+            id: self.id.clone(),
+            requests_total: self.requests_total,
+            held: self.held.len() as u64,
+            oldest_held_ms: self.held.front().map_or(0, |(_, since)| now.saturating_sub(*since)),
+            held_total: self.held_total,
+            hold_shed_total: self.shed_total,
+            hold_expired_total: self.expired_total,
+        }
+    }
+}
+
+/// All routes, and the ways to find one.
+#[derive(Debug, Default)]
+pub struct Routes {
+    slab: Slab<RouteKey, Route>,
+    by_id: HashMap<String, RouteKey>,
+    exact: HashMap<String, RouteKey>,
+    /// By what follows `*.`.
+    parents: HashMap<String, RouteKey>,
+    any: Option<RouteKey>,
+    ports: HashMap<u16, RouteKey>,
+}
+
+impl Routes {
+    pub fn get(&self, key: RouteKey) -> Option<&Route> {
+        self.slab.get(key)
+    }
+
+    pub fn get_mut(&mut self, key: RouteKey) -> Option<&mut Route> {
+        self.slab.get_mut(key)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Route> {
+        self.slab.iter().map(|(_, route)| route)
+    }
+
+    /// The routes that hold something.
+    pub fn holding(&self) -> Vec<RouteKey> {
+        self.slab.iter().filter(|(_, route)| !route.held.is_empty()).map(|(key, _)| key).collect()
+    }
+
+    pub fn has_hosts(&self) -> bool {
+        !self.exact.is_empty() || !self.parents.is_empty() || self.any.is_some()
+    }
+
+    /// The route of a (normal) host: the exact one, else the longest parent's, else the catch-all.
+    pub fn by_host(&self, host: &str) -> Option<RouteKey> {
+        if let Some(key) = self.exact.get(host) {
+            return Some(*key);
+        }
+        let mut rest = host;
+        while let Some((_, parent)) = rest.split_once('.') {
+            if let Some(key) = self.parents.get(parent) {
+                return Some(*key);
+            }
+            rest = parent;
+        }
+        self.any
+    }
+
+    pub fn by_port(&self, port: u16) -> Option<RouteKey> {
+        self.ports.get(&port).copied()
+    }
+
+    /// Takes over a table's routes, and returns the clients that were held for routes that are gone.
+    pub fn apply(&mut self, table: &Table, upstreams: &Upstreams, threads: u32) -> Vec<SockId> {
+        let mut old = std::mem::take(&mut self.by_id);
+        self.exact.clear();
+        self.parents.clear();
+        self.any = None;
+        self.ports.clear();
+        for wanted in &table.routes {
+            let slab = &mut self.slab;
+            let key = old.remove(&wanted.id).unwrap_or_else(|| slab.insert(Route::new(&wanted.id)));
+            self.by_id.insert(wanted.id.clone(), key);
+            self.enlist(&wanted.matches, key);
+            let Some(route) = self.slab.get_mut(key) else { continue };
+            let limits = wanted.hold.unwrap_or(table.defaults.hold);
+            route.limits = HoldLimits { max_requests: limits.max_requests.div_ceil(threads), ..limits };
+            route.up = match &wanted.action {
+                Action::Hold(_) => Vec::new(),
+                Action::Proxy(proxy) => {
+                    let up = proxy.upstreams.iter().filter(|upstream| upstream.state == UpstreamState::Up);
+                    up.filter_map(|upstream| upstreams.key(&upstream.id, upstream.address)).collect()
+                }
+            };
+        }
+        let gone = old.into_values().filter_map(|key| self.slab.remove(key));
+        gone.flat_map(|route| route.held).map(|(client, _)| client).collect()
+    }
+
+    fn enlist(&mut self, matches: &Match, key: RouteKey) {
+        match matches {
+            Match::Port(port) => {
+                self.ports.insert(*port, key);
+            }
+            Match::Host(host) => match normal_pattern(host) {
+                Some(star) if star == "*" => self.any = Some(key),
+                Some(normal) => match normal.strip_prefix("*.") {
+                    Some(parent) => {
+                        self.parents.insert(parent.to_owned(), key);
+                    }
+                    None => {
+                        self.exact.insert(normal, key);
+                    }
+                },
+                // A valid table has no such host; one that slipped through matches nothing.
+                None => {}
+            },
+        }
+    }
+}
+
+impl Route {
+    fn new(id: &str) -> Self {
+        Self {
+            id: id.to_owned(),
+            up: Vec::new(),
+            turn: 0,
+            limits: HoldLimits::default(),
+            held: VecDeque::new(),
+            requests_total: 0,
+            held_total: 0,
+            shed_total: 0,
+            expired_total: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exact_host_wins_then_the_longest_parent_then_the_catch_all() {
+        let routes = ["shop.example", "*.example", "*.shop.example", "*"]
+            .map(|host| format!(r#"{{"id":"{host}","match":{{"host":"{host}"}},"action":{{"hold":{{}}}}}}"#));
+        let table: Table =
+            serde_json::from_str(&format!(r#"{{"version":1,"routes":[{}]}}"#, routes.join(","))).unwrap();
+        let mut found = Routes::default();
+        found.apply(&table, &Upstreams::default(), 1);
+        for (host, route) in [
+            ("shop.example", "shop.example"),
+            ("a.shop.example", "*.shop.example"),
+            ("a.b.shop.example", "*.shop.example"),
+            ("other.example", "*.example"),
+            ("example", "*"),
+            ("", "*"),
+        ] {
+            let key = found.by_host(host).unwrap();
+            assert_eq!(found.get(key).unwrap().id, route, "{host}");
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! What the core knows of each socket.
+//!
+//! ```text
+//! HTTP client:   Head ──head read──▶ Waiting ──upstream ready──▶ Exchange ──response passed on──┐
+//!                 ▲                  (held, or connecting)          │                          │
+//!                 ├──────────── keep-alive ─────────────────────────┼──────────────────────────┘
+//!                 │                                                 ▼ 101
+//!                 └─ otherwise ▶ Done (send the rest, close)      Tunnel
+//! TCP client:    Waiting ──upstream ready──▶ Tunnel
+//! upstream:      Connecting ──▶ Exchange ⇄ Idle        Connecting or Exchange ──▶ Tunnel
+//! ```
+//!
+//! A client and the upstream connection that serves it name each other as `peer`; nothing else links them.
+
+use std::net::IpAddr;
+
+use super::chunk::Chunk;
+use super::http::body::Body;
+use super::http::head::Version;
+use super::io::{Millis, SockId};
+use super::outbox::Outbox;
+use super::slab::{RouteKey, UpstreamKey};
+
+/// One open socket.
+#[derive(Debug)]
+pub struct Sock {
+    pub role: Role,
+    /// The other side.
+    pub peer: Option<SockId>,
+    pub out: Outbox,
+    /// The socket takes nothing more; what would be sent is dropped.
+    pub out_dead: bool,
+    pub recv: Recv,
+    /// The other side was slow to take what came from here: receive one chunk at a time.
+    pub cautious: bool,
+    /// The peer sent FIN.
+    pub read_closed: bool,
+    /// What to do once everything queued is sent.
+    pub finish: Finish,
+    pub fin_sent: bool,
+    /// When bytes last moved, either way.
+    pub moved_at: Millis,
+    /// The earliest entry in the timers.
+    pub timer_at: Option<Millis>,
+    /// Already on the list of sockets to settle.
+    pub touched: bool,
+}
+
+/// Whether a receive is armed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recv {
+    Off,
+    Armed,
+    Stopping,
+}
+
+/// What follows when a socket's outbox is empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// Nothing: it stays open.
+    No,
+    /// FIN, once; the other direction goes on.
+    Fin,
+    /// FIN, then read and drop for a while, then close.
+    Linger { until: Option<Millis> },
+    /// Close.
+    Close,
+}
+
+/// What a socket is for.
+#[derive(Debug)]
+pub enum Role {
+    Http(Box<HttpClient>),
+    /// A plain TCP client that waits for its upstream. `inbuf` holds what it said meanwhile.
+    Tcp {
+        wait: Wait,
+        inbuf: Vec<u8>,
+    },
+    Upstream(UpstreamConn),
+    /// Bytes both ways; `upstream` on the upstream's side.
+    Tunnel {
+        upstream: Option<UpstreamKey>,
+    },
+}
+
+/// A client's place in the search for an upstream.
+#[derive(Debug, Clone, Copy)]
+pub struct Wait {
+    pub route: RouteKey,
+    /// Since when it has been waiting, once it had to.
+    pub since: Option<Millis>,
+    /// In the route's hold queue now.
+    pub queued: bool,
+}
+
+/// A client that speaks HTTP.
+#[derive(Debug)]
+pub struct HttpClient {
+    pub address: Option<IpAddr>,
+    pub phase: Phase,
+    /// Bytes not yet used: an unfinished head, a body that has nowhere to go yet, later requests.
+    pub inbuf: Vec<u8>,
+    /// How far `inbuf` has been searched for the end of a head.
+    pub scanned: usize,
+    /// When the unfinished head began, or when the client was last done with something.
+    pub head_since: Option<Millis>,
+    pub idle_since: Millis,
+    pub requests: u64,
+    pub request: Option<Request>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    Head,
+    Waiting,
+    Exchange,
+    Done,
+}
+
+/// The request a client is being served.
+#[derive(Debug)]
+pub struct Request {
+    pub wait: Wait,
+    pub host: String,
+    /// The head to send upstream.
+    pub forward: Chunk,
+    pub body: Body,
+    pub version: Version,
+    pub is_head: bool,
+    pub repeatable: bool,
+    pub keep_alive: bool,
+    pub upgrade: bool,
+    /// A reused connection failed it once: only a new one will do.
+    pub fresh_only: bool,
+}
+
+/// A connection to an upstream.
+#[derive(Debug)]
+pub struct UpstreamConn {
+    pub upstream: UpstreamKey,
+    pub phase: UpPhase,
+    /// It has carried a request before.
+    pub reused: bool,
+}
+
+#[derive(Debug)]
+pub enum UpPhase {
+    Connecting { since: Millis, timeout_ms: Millis },
+    Idle { since: Millis },
+    Exchange(Box<Exchange>),
+}
+
+/// A request given to an upstream, and its response as far as it has come.
+#[derive(Debug, Default)]
+pub struct Exchange {
+    /// An unfinished response head.
+    pub head: Vec<u8>,
+    pub scanned: usize,
+    /// Something of the response has come.
+    pub answered: bool,
+    pub stage: Stage,
+}
+
+#[derive(Debug, Default)]
+pub enum Stage {
+    #[default]
+    Head,
+    Body {
+        body: Body,
+        unchunk: bool,
+        upstream_keep_alive: bool,
+        client_keep_alive: bool,
+    },
+}
+
+impl Sock {
+    pub fn new(role: Role, peer: Option<SockId>, now: Millis) -> Self {
+        Self {
+            role,
+            peer,
+            out: Outbox::default(),
+            out_dead: false,
+            recv: Recv::Off,
+            cautious: false,
+            read_closed: false,
+            finish: Finish::No,
+            fin_sent: false,
+            moved_at: now,
+            timer_at: None,
+            touched: false,
+        }
+    }
+
+    /// Queues bytes to be sent.
+    pub fn push(&mut self, now: Millis, chunk: Chunk) {
+        if self.out_dead || self.fin_sent {
+            return;
+        }
+        if self.out.is_empty() {
+            self.moved_at = now;
+        }
+        self.out.push(chunk);
+    }
+
+    /// The exchange of an upstream connection that has one.
+    pub fn exchange(&mut self) -> Option<&mut Exchange> {
+        match &mut self.role {
+            Role::Upstream(UpstreamConn { phase: UpPhase::Exchange(exchange), .. }) => Some(exchange),
+            _ => None,
+        }
+    }
+
+    pub fn http(&mut self) -> Option<&mut HttpClient> {
+        match &mut self.role {
+            Role::Http(client) => Some(client),
+            _ => None,
+        }
+    }
+
+    /// Whether it came in rather than being connected by us.
+    pub fn is_client(&self) -> bool {
+        !matches!(self.role, Role::Upstream(_) | Role::Tunnel { upstream: Some(_) })
+    }
+
+    /// The wait of a client that has one.
+    pub fn wait(&mut self) -> Option<&mut Wait> {
+        match &mut self.role {
+            Role::Http(client) => client.request.as_mut().map(|request| &mut request.wait),
+            Role::Tcp { wait, .. } => Some(wait),
+            _ => None,
+        }
+    }
+}
+
+impl HttpClient {
+    pub fn new(address: Option<IpAddr>, now: Millis) -> Self {
+        Self {
+            address,
+            phase: Phase::Head,
+            inbuf: Vec::new(),
+            scanned: 0,
+            head_since: None,
+            idle_since: now,
+            requests: 0,
+            request: None,
+        }
+    }
+
+    /// Whether all of the current request's body has been taken from the client.
+    pub fn body_done(&self) -> bool {
+        self.request.as_ref().is_none_or(|request| request.body.is_done())
+    }
+}

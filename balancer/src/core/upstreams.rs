@@ -1,0 +1,232 @@
+//! The upstreams: what each is doing, whether it can be reached, and which of them is next.
+//!
+//! ```text
+//!            a connect fails                 its turn has come
+//!   Good ─────────────────────▶ Lost ───────────────────────────▶ Lost, probing
+//!    ▲                           ▲   wait doubles, 50 ms to 5 s        │
+//!    │                           └──────── it fails too ───────────────┤
+//!    └──────────────────────────────────── it connects ────────────────┘
+//! ```
+//!
+//! A lost upstream is given one request at a time, so that a restarting app is found again within 50 ms
+//! without every held request knocking at its door.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+
+use super::config::Config;
+use super::io::{Millis, SockId};
+use super::slab::{Slab, UpstreamKey};
+use crate::control::protocol::{ShownState, UpstreamStatus};
+use crate::table::{Table, UpstreamState};
+
+/// One upstream.
+#[derive(Debug)]
+pub struct Upstream {
+    pub id: String,
+    pub address: SocketAddr,
+    pub state: ShownState,
+    /// Kept-alive connections, the most recently used last.
+    pub idle: Vec<SockId>,
+    pub active_requests: u64,
+    pub active_connections: u64,
+    pub connecting: u32,
+    reach: Reach,
+    pub requests_total: u64,
+    pub connections_total: u64,
+    pub connect_errors_total: u64,
+    pub request_errors_total: u64,
+}
+
+/// Whether its last connect worked.
+#[derive(Debug, Clone, Copy)]
+enum Reach {
+    Good,
+    Lost { tried_at: Millis, backoff_ms: Millis, probing: bool },
+}
+
+impl Upstream {
+    fn new(id: &str, address: SocketAddr) -> Self {
+        Self {
+            id: id.to_owned(),
+            address,
+            state: ShownState::Removed,
+            idle: Vec::new(),
+            active_requests: 0,
+            active_connections: 0,
+            connecting: 0,
+            reach: Reach::Good,
+            requests_total: 0,
+            connections_total: 0,
+            connect_errors_total: 0,
+            request_errors_total: 0,
+        }
+    }
+
+    /// A connect to it begins.
+    pub fn connect_begins(&mut self) {
+        self.connecting += 1;
+        if let Reach::Lost { probing, .. } = &mut self.reach {
+            *probing = true;
+        }
+    }
+
+    /// A connect ended without saying anything about the upstream.
+    pub fn connect_abandoned(&mut self) {
+        self.connecting -= 1;
+        if let Reach::Lost { probing, .. } = &mut self.reach {
+            *probing = false;
+        }
+    }
+
+    pub fn connect_worked(&mut self) {
+        self.connecting -= 1;
+        self.connections_total += 1;
+        self.reach = Reach::Good;
+    }
+
+    pub fn connect_failed(&mut self, now: Millis) {
+        self.connecting -= 1;
+        self.connect_errors_total += 1;
+        let backoff_ms = match self.reach {
+            Reach::Good => Config::HOLD_TICK_MS,
+            Reach::Lost { backoff_ms, .. } => (2 * backoff_ms).min(Config::BACKOFF_MAX_MS),
+        };
+        self.reach = Reach::Lost { tried_at: now, backoff_ms, probing: false };
+    }
+
+    pub fn is_lost(&self) -> bool {
+        matches!(self.reach, Reach::Lost { .. })
+    }
+
+    fn load(&self) -> u64 {
+        self.active_requests + self.active_connections + u64::from(self.connecting)
+    }
+
+    fn is_busy(&self) -> bool {
+        self.load() > 0 || !self.idle.is_empty()
+    }
+
+    pub fn status(&self) -> UpstreamStatus {
+        UpstreamStatus {
+            id: self.id.clone(),
+            address: self.address,
+            state: self.state,
+            active_requests: self.active_requests,
+            active_connections: self.active_connections,
+            idle_connections: self.idle.len() as u64,
+            requests_total: self.requests_total,
+            connections_total: self.connections_total,
+            connect_errors_total: self.connect_errors_total,
+            request_errors_total: self.request_errors_total,
+            unreachable: self.is_lost(),
+        }
+    }
+}
+
+/// All upstreams of the table, and those that left it with something to finish.
+#[derive(Debug, Default)]
+pub struct Upstreams {
+    slab: Slab<UpstreamKey, Upstream>,
+    by_name: HashMap<(String, SocketAddr), UpstreamKey>,
+}
+
+impl Upstreams {
+    pub fn get(&self, key: UpstreamKey) -> Option<&Upstream> {
+        self.slab.get(key)
+    }
+
+    pub fn get_mut(&mut self, key: UpstreamKey) -> Option<&mut Upstream> {
+        self.slab.get_mut(key)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Upstream> {
+        self.slab.iter().map(|(_, upstream)| upstream)
+    }
+
+    pub fn key(&self, id: &str, address: SocketAddr) -> Option<UpstreamKey> {
+        self.by_name.get(&(id.to_owned(), address)).copied()
+    }
+
+    /// Takes over a table's upstreams, and returns the idle connections of those that are not up.
+    pub fn apply(&mut self, table: &Table) -> Vec<SockId> {
+        let keys: Vec<UpstreamKey> = self.by_name.values().copied().collect();
+        for key in keys {
+            if let Some(upstream) = self.slab.get_mut(key) {
+                upstream.state = ShownState::Removed;
+            }
+        }
+        for wanted in table.routes.iter().flat_map(|route| route.upstreams()) {
+            let name = (wanted.id.clone(), wanted.address);
+            let slab = &mut self.slab;
+            let key = *self
+                .by_name
+                .entry(name)
+                .or_insert_with(|| slab.insert(Upstream::new(&wanted.id, wanted.address)));
+            if let Some(upstream) = slab.get_mut(key) {
+                upstream.state = stricter(upstream.state, wanted.state);
+            }
+        }
+        let mut unwanted = Vec::new();
+        for key in self.by_name.values() {
+            if let Some(upstream) =
+                self.slab.get_mut(*key).filter(|upstream| upstream.state != ShownState::Up)
+            {
+                unwanted.append(&mut upstream.idle);
+            }
+        }
+        unwanted
+    }
+
+    /// Forgets what has left the table and has nothing more to finish.
+    pub fn sweep(&mut self) {
+        let slab = &mut self.slab;
+        self.by_name.retain(|_, key| {
+            let gone = slab.get(*key).is_none_or(|up| up.state == ShownState::Removed && !up.is_busy());
+            if gone {
+                slab.remove(*key);
+            }
+            !gone
+        });
+    }
+
+    /// Which of `candidates` gets the next request: the one with the least to do, taking turns from `turn`
+    /// on among equals; or a lost one whose time has come to be tried. `None` when none can take it now.
+    pub fn choose(&self, candidates: &[UpstreamKey], turn: &mut usize, now: Millis) -> Option<UpstreamKey> {
+        let mut best: Option<(u64, usize)> = None;
+        let mut last_resort = None;
+        for step in 0..candidates.len() {
+            let at = (*turn + step) % candidates.len();
+            let Some(upstream) = self.get(candidates[at]) else { continue };
+            match upstream.reach {
+                Reach::Good if upstream.connecting >= Config::CONNECTING_MAX => {}
+                Reach::Good => {
+                    if best.is_none_or(|(load, _)| upstream.load() < load) {
+                        best = Some((upstream.load(), at));
+                    }
+                }
+                Reach::Lost { probing: true, .. } => {}
+                Reach::Lost { tried_at, backoff_ms, .. } if now >= tried_at + backoff_ms => {
+                    return Some(candidates[at]);
+                }
+                Reach::Lost { tried_at, .. } if now >= tried_at + Config::HOLD_TICK_MS => {
+                    last_resort = Some(at);
+                }
+                Reach::Lost { .. } => {}
+            }
+        }
+        let at = best.map(|(_, at)| at).or(last_resort)?;
+        *turn = at + 1;
+        Some(candidates[at])
+    }
+}
+
+/// An upstream named by several routes is shown, and kept, in its most restricted state.
+fn stricter(known: ShownState, wanted: UpstreamState) -> ShownState {
+    match (known, ShownState::from(wanted)) {
+        (ShownState::Removed, wanted) => wanted,
+        (ShownState::Down, _) | (_, ShownState::Down) => ShownState::Down,
+        (ShownState::Draining, _) | (_, ShownState::Draining) => ShownState::Draining,
+        _ => ShownState::Up,
+    }
+}

@@ -1,0 +1,446 @@
+//! The io_uring door: one ring per thread, one enter per batch.
+//!
+//! Multishot accept and receive, receives into shared buffers ([`buffers`]), sends straight from them,
+//! ordinary descriptors, and generations in the tokens ([`token`]), so that a late completion of a closed
+//! socket is known for what it is. `shutdown` and socket options are plain system calls:
+//! IORING_OP_SHUTDOWN always goes to a worker thread.
+//!
+//! This is the one place with unsafe code on the data path. What it relies on: memory given to the kernel
+//! lives in [`buffers::Buffers`] or [`sends::Sends`] until the kernel says it is done, or (connect
+//! addresses) until the entry has been submitted; and the ring is dropped before either.
+
+#![allow(unsafe_code)]
+
+mod buffers;
+pub mod inherit;
+mod sends;
+mod token;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, sockopt};
+
+use self::buffers::{Buffers, GROUP};
+use self::sends::{Pointers, Sends};
+use self::token::Token;
+use crate::core::chunk::Chunk;
+use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
+use crate::door::Door;
+
+/// Entries of the submission queue; a batch with more of them enters more than once.
+const SUBMISSIONS: u32 = 1024;
+/// Entries of the completion queue. Beyond it the kernel keeps completions itself, at a cost.
+const COMPLETIONS: u32 = 16 * 1024;
+
+/// The io_uring door of one thread.
+pub struct Ring {
+    // Dropped first: from then on the kernel touches none of the memory below.
+    uring: IoUring,
+    buffers: Buffers,
+    sends: Sends,
+    slots: Vec<Slot>,
+    listeners: HashMap<u32, Listener>,
+    /// Addresses of connects that are not yet submitted.
+    #[expect(clippy::vec_box, reason = "the kernel is given their places, so they must not move")]
+    addresses: Vec<Box<SockaddrStorage>>,
+    /// What is known without the kernel: failures to make a socket.
+    ready: Vec<Completion>,
+    reaped: Vec<cqueue::Entry>,
+    waker: Arc<EventFd>,
+    /// What the kernel reads the waker's count into.
+    woken: Box<u64>,
+    wake_armed: bool,
+}
+
+/// A socket of the core's.
+#[derive(Default)]
+struct Slot {
+    generation: u32,
+    fd: Option<RawFd>,
+    /// Operations in the ring that refer to it.
+    in_flight: u32,
+}
+
+struct Listener {
+    socket: Arc<OwnedFd>,
+    wants_peer: bool,
+}
+
+/// Why there is no ring.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    #[error(
+        "cannot set up io_uring with SINGLE_ISSUER and DEFER_TASKRUN: it needs Linux 6.1, and no policy \
+         that denies io_uring_setup (sysctl kernel.io_uring_disabled, a seccomp filter)"
+    )]
+    Setup(#[source] io::Error),
+    #[error("cannot allocate {count} receive buffers of {size} bytes")]
+    Buffers {
+        count: u16,
+        size: usize,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot register the receive buffers with io_uring")]
+    Register(#[source] io::Error),
+}
+
+impl Ring {
+    /// Sets up a ring for the calling thread, which alone may use it.
+    pub fn new(buffer_count: u16, buffer_size: usize, waker: Arc<EventFd>) -> Result<Self, RingError> {
+        let uring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_submit_all()
+            .setup_clamp()
+            .setup_cqsize(COMPLETIONS)
+            .build(SUBMISSIONS)
+            .map_err(RingError::Setup)?;
+        let buffers = Buffers::new(buffer_count, buffer_size).map_err(|source| RingError::Buffers {
+            count: buffer_count,
+            size: buffer_size,
+            source,
+        })?;
+        let (address, entries) = buffers.ring();
+        // SAFETY: the ring of buffers is mapped, as long as said, and lives until after `uring` is dropped.
+        unsafe { uring.submitter().register_buf_ring_with_flags(address, entries, GROUP, 0) }
+            .map_err(RingError::Register)?;
+        Ok(Self {
+            uring,
+            buffers,
+            sends: Sends::default(),
+            slots: Vec::new(),
+            listeners: HashMap::new(),
+            addresses: Vec::new(),
+            ready: Vec::new(),
+            reaped: Vec::new(),
+            waker,
+            woken: Box::new(0),
+            wake_armed: false,
+        })
+    }
+
+    fn perform(&mut self, op: Op) -> io::Result<()> {
+        match op {
+            Op::Accept(id) => self.accept(id),
+            Op::StopAccept(id) => self.cancel(Token::Accept { listener: id.0 }),
+            Op::Adopt { raw, sock } => {
+                *self.slot_mut(sock.index) =
+                    Slot { generation: sock.generation, fd: Some(raw.0), in_flight: 0 };
+                Ok(())
+            }
+            Op::Refuse { raw } => {
+                // SAFETY: the core gives back, once, a descriptor that it was given and did not adopt.
+                let socket = unsafe { OwnedFd::from_raw_fd(raw.0) };
+                reset_on_close(raw.0);
+                drop(socket);
+                Ok(())
+            }
+            Op::Connect { sock, address } => self.connect(sock, address),
+            Op::Recv { sock, mode } => self.recv(sock, mode),
+            Op::StopRecv { sock } => self.cancel(Token::Recv(sock)),
+            Op::Send { sock, chunks, wait } => self.send(sock, chunks, wait),
+            Op::ShutdownWrite { sock } => {
+                if let Some(fd) = self.fd(sock) {
+                    // Fails only where the peer is gone already, which its receive reports.
+                    let _ = socket::shutdown(fd, socket::Shutdown::Write);
+                }
+                Ok(())
+            }
+            Op::Close { sock, reset } => self.close(sock, reset),
+        }
+    }
+
+    fn accept(&mut self, id: ListenerId) -> io::Result<()> {
+        let Some(listener) = self.listeners.get(&id.0) else {
+            self.ready.push(Completion::AcceptEnded { listener: id, error: None });
+            return Ok(());
+        };
+        let entry = opcode::AcceptMulti::new(Fd(listener.socket.as_raw_fd())).flags(libc::SOCK_CLOEXEC);
+        self.push(entry.build(), Token::Accept { listener: id.0 })
+    }
+
+    fn connect(&mut self, sock: SockId, address: std::net::SocketAddr) -> io::Result<()> {
+        let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let made = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+        let socket = match made {
+            Ok(socket) => socket,
+            Err(errno) => {
+                *self.slot_mut(sock.index) = Slot { generation: sock.generation, ..Slot::default() };
+                let error = Errno(errno as i32);
+                self.ready.push(Completion::ConnectFailed { sock, error });
+                return Ok(());
+            }
+        };
+        // Options that make things faster or notice the dead; a socket without them works too.
+        let _ = socket::setsockopt(&socket, sockopt::TcpNoDelay, &true);
+        let _ = socket::setsockopt(&socket, sockopt::KeepAlive, &true);
+        let fd = socket.into_raw_fd();
+        *self.slot_mut(sock.index) = Slot { generation: sock.generation, fd: Some(fd), in_flight: 1 };
+        let address = Box::new(SockaddrStorage::from(address));
+        let entry = opcode::Connect::new(Fd(fd), address.as_ptr(), address.len()).build();
+        self.addresses.push(address);
+        self.push(entry, Token::Connect(sock))
+    }
+
+    fn recv(&mut self, sock: SockId, mode: RecvMode) -> io::Result<()> {
+        let Some(fd) = self.fd(sock) else { return Ok(()) };
+        self.slot_mut(sock.index).in_flight += 1;
+        let entry = match mode {
+            RecvMode::Many => opcode::RecvMulti::new(Fd(fd), GROUP).build(),
+            RecvMode::Once => {
+                let size = self.buffers.size() as u32;
+                opcode::Recv::new(Fd(fd), std::ptr::null_mut(), size)
+                    .buf_group(GROUP)
+                    .build()
+                    .flags(squeue::Flags::BUFFER_SELECT)
+            }
+        };
+        self.push(entry, Token::Recv(sock))
+    }
+
+    fn send(&mut self, sock: SockId, chunks: Vec<Chunk>, wait: bool) -> io::Result<()> {
+        let Some(fd) = self.fd(sock) else { return Ok(()) };
+        self.slot_mut(sock.index).in_flight += 1;
+        let flags = libc::MSG_NOSIGNAL | if wait { 0 } else { libc::MSG_DONTWAIT };
+        let (slot, pointers) = self.sends.begin(sock, chunks);
+        let entry = match pointers {
+            Pointers::Bytes(bytes, len) => opcode::Send::new(Fd(fd), bytes, len).flags(flags).build(),
+            Pointers::Message(header) => opcode::SendMsg::new(Fd(fd), header).flags(flags as u32).build(),
+        };
+        self.push(entry, Token::Send { slot })
+    }
+
+    fn close(&mut self, sock: SockId, reset: bool) -> io::Result<()> {
+        let Some(slot) = self.slots.get_mut(sock.index as usize) else { return Ok(()) };
+        if slot.generation != sock.generation {
+            return Ok(());
+        }
+        let Some(fd) = slot.fd.take() else { return Ok(()) };
+        let busy = slot.in_flight > 0;
+        if reset {
+            reset_on_close(fd);
+        }
+        if busy {
+            // They hold the socket open, so the peer would not see its end.
+            let cancel = opcode::AsyncCancel2::new(CancelBuilder::fd(Fd(fd)).all()).build();
+            self.push(cancel.flags(squeue::Flags::SKIP_SUCCESS), Token::Ignored)?;
+        }
+        self.push(opcode::Close::new(Fd(fd)).build().flags(squeue::Flags::SKIP_SUCCESS), Token::Ignored)
+    }
+
+    fn cancel(&mut self, token: Token) -> io::Result<()> {
+        let cancel = opcode::AsyncCancel::new(token.pack()).build();
+        self.push(cancel.flags(squeue::Flags::SKIP_SUCCESS), Token::Ignored)
+    }
+
+    fn push(&mut self, entry: squeue::Entry, token: Token) -> io::Result<()> {
+        let entry = entry.user_data(token.pack());
+        loop {
+            // SAFETY: every pointer in an entry is to memory kept as the module header says; descriptors
+            // are open until a later entry closes them.
+            if unsafe { self.uring.submission().push(&entry) }.is_ok() {
+                return Ok(());
+            }
+            match self.uring.submit() {
+                Ok(_) => {}
+                Err(error) if is_passing(&error) => self.reap(),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn arm_wake(&mut self) -> io::Result<()> {
+        if std::mem::replace(&mut self.wake_armed, true) {
+            return Ok(());
+        }
+        let buffer: *mut u64 = &mut *self.woken;
+        let entry = opcode::Read::new(Fd(self.waker.as_raw_fd()), buffer.cast(), 8).build();
+        self.push(entry, Token::Wake)
+    }
+
+    /// Takes what the kernel has completed off its queue.
+    fn reap(&mut self) {
+        let Self { uring, reaped, .. } = self;
+        reaped.extend(uring.completion());
+    }
+
+    fn translate(&mut self, entry: &cqueue::Entry, out: &mut Vec<Completion>) {
+        let (result, flags) = (entry.result(), entry.flags());
+        match Token::unpack(entry.user_data()) {
+            Token::Ignored => {}
+            Token::Wake => self.wake_armed = false,
+            Token::Accept { listener } => self.accepted(ListenerId(listener), result, flags, out),
+            Token::Connect(sock) => {
+                if self.ended(sock) {
+                    out.push(match result {
+                        0 => Completion::Connected { sock },
+                        error => Completion::ConnectFailed { sock, error: Errno(-error) },
+                    });
+                }
+            }
+            Token::Recv(sock) => self.received(sock, result, flags, out),
+            Token::Send { slot } => {
+                let Some(sock) = self.sends.end(slot).filter(|sock| self.ended(*sock)) else { return };
+                match result {
+                    0.. => out.push(Completion::Sent { sock, bytes: result as usize }),
+                    error if -error == libc::EAGAIN => out.push(Completion::Sent { sock, bytes: 0 }),
+                    error => out.push(Completion::SendFailed { sock, error: Errno(-error) }),
+                }
+            }
+        }
+    }
+
+    fn accepted(&mut self, listener: ListenerId, result: i32, flags: u32, out: &mut Vec<Completion>) {
+        if result >= 0 {
+            let wants_peer = self.listeners.get(&listener.0).is_some_and(|listener| listener.wants_peer);
+            let peer = if wants_peer { peer_address(result) } else { None };
+            out.push(Completion::Accepted { listener, raw: RawSocket(result), peer });
+        }
+        if !cqueue::more(flags) {
+            // A client that gave up in the queue, and being stopped, are no faults.
+            let harmless = result >= 0 || matches!(-result, libc::ECANCELED | libc::ECONNABORTED);
+            let error = if harmless { None } else { Some(Errno(-result)) };
+            out.push(Completion::AcceptEnded { listener, error });
+        }
+    }
+
+    fn received(&mut self, sock: SockId, result: i32, flags: u32, out: &mut Vec<Completion>) {
+        let buffer = cqueue::buffer_select(flags);
+        // Lent even to a socket that is closed: dropping it is what gives the buffer back.
+        let chunk = buffer.map(|id| self.buffers.lend(id, result.max(0) as usize));
+        let over = !cqueue::more(flags);
+        let known = if over { self.ended(sock) } else { self.fd(sock).is_some() };
+        if !known {
+            return;
+        }
+        if let Some(chunk) = chunk.filter(|chunk| !chunk.is_empty()) {
+            out.push(Completion::Received { sock, chunk });
+        }
+        if over {
+            let why = match result {
+                0 => RecvEnd::Eof,
+                1.. => RecvEnd::Ended,
+                error => match -error {
+                    libc::ECANCELED | libc::EINTR | libc::EAGAIN => RecvEnd::Ended,
+                    libc::ENOBUFS => RecvEnd::NoBuffers,
+                    errno => RecvEnd::Failed(Errno(errno)),
+                },
+            };
+            out.push(Completion::RecvEnded { sock, why });
+        }
+    }
+
+    /// An operation of this socket has ended; whether the core still has the socket.
+    fn ended(&mut self, sock: SockId) -> bool {
+        match self.slots.get_mut(sock.index as usize) {
+            Some(slot) if slot.generation == sock.generation => {
+                slot.in_flight = slot.in_flight.saturating_sub(1);
+                slot.fd.is_some()
+            }
+            _ => false,
+        }
+    }
+
+    fn fd(&self, sock: SockId) -> Option<RawFd> {
+        let slot = self.slots.get(sock.index as usize).filter(|slot| slot.generation == sock.generation)?;
+        slot.fd
+    }
+
+    fn slot_mut(&mut self, index: u32) -> &mut Slot {
+        let index = index as usize;
+        if index >= self.slots.len() {
+            self.slots.resize_with(index + 1, Slot::default);
+        }
+        &mut self.slots[index]
+    }
+}
+
+impl Door for Ring {
+    fn add_listener(&mut self, id: ListenerId, socket: Arc<OwnedFd>, wants_peer: bool) {
+        self.listeners.insert(id.0, Listener { socket, wants_peer });
+    }
+
+    fn remove_listener(&mut self, id: ListenerId) {
+        self.listeners.remove(&id.0);
+    }
+
+    fn apply(&mut self, ops: &mut Vec<Op>) -> io::Result<()> {
+        for op in ops.drain(..) {
+            self.perform(op)?;
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>, completions: &mut Vec<Completion>) -> io::Result<()> {
+        self.arm_wake()?;
+        self.buffers.give_back();
+        let known_already = !self.ready.is_empty() || !self.reaped.is_empty();
+        let timeout = if known_already { Some(Duration::ZERO) } else { timeout };
+        let entered = match timeout {
+            // Wanting one, with no time to wait for it, still runs the deferred work.
+            Some(timeout) => {
+                let timespec = Timespec::from(timeout);
+                self.uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timespec))
+            }
+            None => self.uring.submit_and_wait(1),
+        };
+        match entered {
+            Ok(_) => {}
+            Err(error) if is_passing(&error) => {}
+            Err(error) => return Err(error),
+        }
+        if self.uring.submission().is_empty() {
+            self.addresses.clear();
+        }
+        self.reap();
+        completions.append(&mut self.ready);
+        let reaped = std::mem::take(&mut self.reaped);
+        for entry in &reaped {
+            self.translate(entry, completions);
+        }
+        self.reaped = reaped;
+        self.reaped.clear();
+        Ok(())
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        for slot in &mut self.slots {
+            if let Some(fd) = slot.fd.take() {
+                // SAFETY: the slot owned this descriptor and has just let go of it.
+                drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+    }
+}
+
+/// Errors of an enter after which one goes on: time is up, a signal, the kernel wants its completions taken
+/// first or is short of memory for the moment.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN))
+}
+
+fn reset_on_close(fd: RawFd) {
+    // SAFETY: the caller owns the descriptor, which is open for the length of this call.
+    let socket = unsafe { BorrowedFd::borrow_raw(fd) };
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    // Without it the peer sees FIN where it should see RST; nothing else to do about it.
+    let _ = socket::setsockopt(&socket, sockopt::Linger, &linger);
+}
+
+fn peer_address(fd: RawFd) -> Option<std::net::IpAddr> {
+    let address: SockaddrStorage = socket::getpeername(fd).ok()?;
+    if let Some(v4) = address.as_sockaddr_in() {
+        return Some(v4.ip().into());
+    }
+    address.as_sockaddr_in6().map(|v6| v6.ip().into())
+}

@@ -1,0 +1,339 @@
+//! The balancer as a process: data-path threads, and the control thread that feeds them.
+//!
+//! The control thread owns the table. It binds and releases listeners, saves the table, hands it to every
+//! thread and answers when all of them route by it. It ends when it is told to (SIGTERM, SIGINT), or when a
+//! data-path thread has ended, so that whoever supervises the process starts it anew.
+
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::control::protocol::{Ack, ErrorCode, Problem, Request, Response, Status};
+use crate::control::server::{ControlServer, refusal};
+use crate::core::config::Config;
+use crate::core::engine::{ListenerKind, Snapshot};
+use crate::core::io::ListenerId;
+use crate::listeners::{ListenError, Listeners};
+use crate::ring::inherit::Inherited;
+use crate::saved::Saved;
+use crate::table::Table;
+use crate::worker::{BufferSizes, Command, StartError, Worker};
+
+/// How long a thread may take to answer the control thread.
+const THREAD_TIMEOUT: Duration = Duration::from_secs(1);
+/// Descriptors kept for everything that is not a client or upstream connection.
+const SPARE_DESCRIPTORS: u64 = 128;
+
+/// How a balancer is set up.
+pub struct Options {
+    pub threads: u32,
+    pub config: Config,
+    /// Most client connections of the process; by default what the descriptor limit allows.
+    pub connections_max: Option<u64>,
+    pub buffers: BufferSizes,
+    /// Where the table is kept; without it, nothing survives the process.
+    pub state_dir: Option<PathBuf>,
+    /// Where listeners for routes by port are bound.
+    pub port_address: IpAddr,
+    /// Besides root, the uid that may use the control socket.
+    pub control_uid: Option<u32>,
+    /// The control socket, bound or inherited.
+    pub control: Option<OwnedFd>,
+    /// Inherited listeners.
+    pub inherited: Vec<Inherited>,
+    /// Listeners to bind at start.
+    pub bind: Vec<(ListenerKind, SocketAddr)>,
+    /// The table to start with where none is saved.
+    pub table: Table,
+    /// How long to go on for clients that are being served when told to stop.
+    pub stop_timeout: Duration,
+}
+
+/// Why the process could not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("cannot start a data-path thread")]
+    Worker(#[from] StartError),
+    #[error("cannot use a listener")]
+    Listen(#[from] ListenError),
+    #[error("cannot use the control socket")]
+    Control(#[source] std::io::Error),
+    #[error("cannot watch signals and threads")]
+    Watch(#[source] Errno),
+    #[error("data-path thread {index} ended: {why}")]
+    WorkerEnded { index: usize, why: String },
+}
+
+/// A running balancer.
+pub struct Server {
+    workers: Vec<Worker>,
+    listeners: Listeners,
+    control: Option<ControlServer>,
+    saved: Option<Saved>,
+    table: Arc<Table>,
+    signals: SignalFd,
+    worker_ended: Arc<EventFd>,
+    stop_timeout: Duration,
+}
+
+impl Server {
+    /// Starts threads and listeners. Signals are blocked in the calling thread, and in those it starts.
+    pub fn start(options: Options) -> Result<Self, ServerError> {
+        let signals = watch_signals().map_err(ServerError::Watch)?;
+        let worker_ended = Arc::new(EventFd::new().map_err(ServerError::Watch)?);
+        let threads = options.threads.max(1);
+        let connections_max = options.connections_max.unwrap_or_else(connections_by_descriptors);
+        let config = Config {
+            connections_max: connections_max.div_ceil(u64::from(threads)),
+            threads,
+            ..options.config
+        };
+        let start = |index| Worker::start(index, config.clone(), options.buffers, worker_ended.clone());
+        let workers = (0..threads).map(start).collect::<Result<Vec<_>, _>>()?;
+        let mut listeners = Listeners::new(options.port_address);
+        for inherited in options.inherited {
+            listeners.inherit(inherited)?;
+        }
+        for (kind, address) in options.bind {
+            listeners.bind(kind, address)?;
+        }
+        let control = options.control.map(|socket| ControlServer::new(socket, options.control_uid));
+        let control = control.transpose().map_err(ServerError::Control)?;
+        let saved = options.state_dir.map(|dir| Saved::new(&dir));
+        let table = Arc::new(saved.as_ref().and_then(load_saved).unwrap_or(options.table));
+        let stop_timeout = options.stop_timeout;
+        let mut server =
+            Self { workers, listeners, control, saved, table, signals, worker_ended, stop_timeout };
+        server.begin();
+        Ok(server)
+    }
+
+    /// Serves until told to stop, or until a thread fails.
+    pub fn run(mut self) -> Result<(), ServerError> {
+        let mut stop_at: Option<Instant> = None;
+        loop {
+            self.wait(stop_at);
+            if self.is_told_to_stop() {
+                if stop_at.is_some() {
+                    log("told to stop again: ending at once");
+                    return Ok(());
+                }
+                log("stopping: finishing what is under way");
+                stop_at = Some(Instant::now() + self.stop_timeout);
+                self.tell_all(|| Command::Stop);
+            }
+            if let Some(at) = stop_at {
+                let all_ended = self.workers.iter().all(Worker::has_ended);
+                if all_ended || Instant::now() >= at {
+                    log(if all_ended { "stopped" } else { "stopped; some clients were still being served" });
+                    return Ok(());
+                }
+            } else if let Some(index) = self.workers.iter().position(Worker::has_ended) {
+                let why = self.workers.swap_remove(index).join().err();
+                let why = why.unwrap_or_else(|| "without a reason".to_owned());
+                return Err(ServerError::WorkerEnded { index, why });
+            }
+            self.serve_control();
+        }
+    }
+
+    /// Puts the first table and the listeners into effect.
+    fn begin(&mut self) {
+        let table = self.table.clone();
+        let (_, problems) = self.listeners.bind_for(&table);
+        for problem in &problems {
+            log(&format!("route {}: {}", problem.route.as_deref().unwrap_or("-"), problem.message));
+        }
+        self.spread(&table);
+        let ids: Vec<ListenerId> = self.listeners.iter().map(|(id, _)| id).collect();
+        self.open(&ids);
+        for listener in self.listeners.status() {
+            log(&format!("listening: {} on {}", listener.name, listener.address));
+        }
+        log(&format!("serving table {} with {} routes", table.version, table.routes.len()));
+    }
+
+    fn wait(&self, stop_at: Option<Instant>) {
+        let control = self.control.iter().flat_map(ControlServer::descriptors);
+        let fixed = [self.signals.as_fd(), self.worker_ended.as_fd()];
+        let mut polled: Vec<PollFd<'_>> =
+            fixed.into_iter().chain(control).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let timeout = match stop_at.map(|at| at.saturating_duration_since(Instant::now())) {
+            // Threads end one after the other; looking now and then is enough for the last second.
+            Some(left) => {
+                PollTimeout::try_from(left.min(Duration::from_millis(20))).unwrap_or(PollTimeout::ZERO)
+            }
+            None => PollTimeout::NONE,
+        };
+        // An error here is EINTR or a passing shortage; everything is looked at anyway.
+        let _ = poll(&mut polled, timeout);
+    }
+
+    fn is_told_to_stop(&mut self) -> bool {
+        let mut told = false;
+        while let Ok(Some(_)) = self.signals.read_signal() {
+            told = true;
+        }
+        told
+    }
+
+    fn serve_control(&mut self) {
+        let Some(mut control) = self.control.take() else { return };
+        control.serve(|request| match request {
+            Request::SetTable(table) => self.set_table(table),
+            Request::Status(_) => self.status(),
+        });
+        self.control = Some(control);
+    }
+
+    /// Replaces the table: checked, saved, in force on every thread, then acknowledged.
+    fn set_table(&mut self, table: Table) -> Response {
+        if let Err(error) = table.validate() {
+            return refusal(ErrorCode::BadTable, error.to_string());
+        }
+        let running = self.table.version;
+        // The first table may have any version; saying the same thing twice is no conflict.
+        if table.version < running || (table.version == running && table != *self.table && running != 0) {
+            let message = format!("version {} is refused: version {running} is in force", table.version);
+            return refusal(ErrorCode::StaleVersion, message);
+        }
+        let table = Arc::new(table);
+        let (added, mut problems) = self.listeners.bind_for(&table);
+        if let Some(saved) = &self.saved
+            && let Err(error) = saved.save(&table)
+        {
+            problems.push(Problem { route: None, message: chain(&error) });
+        }
+        if !self.spread(&table) {
+            return refusal(ErrorCode::Busy, "a data-path thread did not take the table in time".to_owned());
+        }
+        self.table = table.clone();
+        self.open(&added);
+        for gone in self.listeners.unbind_for(&table) {
+            self.tell_all(|| Command::RemoveListener(gone));
+        }
+        Response::Ack(Ack { version: table.version, problems })
+    }
+
+    /// A command that needs no answer. A thread that cannot take it has ended, which is noticed elsewhere.
+    fn tell_all(&self, command: impl Fn() -> Command) {
+        for worker in &self.workers {
+            worker.send(command());
+        }
+    }
+
+    /// Gives every thread the table and waits until all route by it.
+    fn spread(&self, table: &Arc<Table>) -> bool {
+        let (done, all_done) = mpsc::channel();
+        let sent = |worker: &&Worker| worker.send(Command::SetTable(table.clone(), done.clone()));
+        let count = self.workers.iter().filter(sent).count();
+        let taken = (0..count).take_while(|_| all_done.recv_timeout(THREAD_TIMEOUT).is_ok()).count();
+        taken == self.workers.len()
+    }
+
+    fn open(&self, ids: &[ListenerId]) {
+        for (id, listener) in self.listeners.iter().filter(|(id, _)| ids.contains(id)) {
+            for worker in &self.workers {
+                let socket = listener.socket.clone();
+                worker.send(Command::AddListener { id, kind: listener.kind, socket });
+            }
+        }
+    }
+
+    fn status(&self) -> Response {
+        let (reply, replies) = mpsc::channel();
+        let sent = |worker: &&Worker| worker.send(Command::Status(reply.clone()));
+        let count = self.workers.iter().filter(sent).count();
+        let mut status = Status {
+            table_version: self.table.version,
+            threads: self.workers.len() as u32,
+            listeners: self.listeners.status(),
+            ..Status::default()
+        };
+        for _ in 0..count {
+            let Ok(snapshot) = replies.recv_timeout(THREAD_TIMEOUT) else {
+                return refusal(ErrorCode::Busy, "a data-path thread did not answer in time".to_owned());
+            };
+            add_snapshot(&mut status, snapshot);
+        }
+        status.routes.sort_by(|a, b| a.id.cmp(&b.id));
+        status.upstreams.sort_by(|a, b| (&a.id, a.address).cmp(&(&b.id, b.address)));
+        Response::Status(Box::new(status))
+    }
+}
+
+/// Sums what the threads say.
+fn add_snapshot(status: &mut Status, snapshot: Snapshot) {
+    status.counters.add(&snapshot.counters);
+    for route in snapshot.routes {
+        match status.routes.iter_mut().find(|known| known.id == route.id) {
+            Some(known) => known.add(&route),
+            None => status.routes.push(route),
+        }
+    }
+    for upstream in snapshot.upstreams {
+        let same = |known: &&mut crate::control::protocol::UpstreamStatus| {
+            known.id == upstream.id && known.address == upstream.address
+        };
+        match status.upstreams.iter_mut().find(same) {
+            Some(known) => known.add(&upstream),
+            None => status.upstreams.push(upstream),
+        }
+    }
+}
+
+fn load_saved(saved: &Saved) -> Option<Table> {
+    match saved.load() {
+        Ok(table) => table,
+        Err(error) => {
+            log(&format!("starting without a table: {}", chain(&error)));
+            None
+        }
+    }
+}
+
+fn watch_signals() -> nix::Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGINT);
+    signals.thread_block()?;
+    SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+}
+
+/// A proxied connection needs two descriptors. The soft limit is raised to the hard one.
+fn connections_by_descriptors() -> u64 {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1_000 };
+    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => hard,
+        Err(_) => soft,
+    };
+    (limit.saturating_sub(SPARE_DESCRIPTORS) / 2).clamp(16, 500_000)
+}
+
+/// An error and its causes, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// A line on standard error, at changes of state only.
+pub fn log(line: &str) {
+    // Where nobody reads it there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "epagent-balancer: {line}");
+}

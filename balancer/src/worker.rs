@@ -1,0 +1,168 @@
+//! A data-path thread: one core, one door, and a queue of commands from the control thread.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::EventFd;
+
+use crate::core::config::Config;
+use crate::core::engine::{Core, ListenerKind, Snapshot};
+use crate::core::io::{ListenerId, Millis};
+use crate::door::Door;
+use crate::ring::{Ring, RingError};
+use crate::table::Table;
+
+/// Most commands waiting for a thread. The control thread waits for each answer, so few ever do.
+const COMMANDS_MAX: usize = 256;
+
+/// What the control thread may ask of a data-path thread. It is looked at between two batches.
+pub enum Command {
+    /// Route by this table; answered when it does.
+    SetTable(Arc<Table>, Sender<()>),
+    AddListener {
+        id: ListenerId,
+        kind: ListenerKind,
+        socket: Arc<OwnedFd>,
+    },
+    RemoveListener(ListenerId),
+    Status(Sender<Snapshot>),
+    /// Accept nothing more, finish what is under way, then end.
+    Stop,
+}
+
+/// A running data-path thread.
+pub struct Worker {
+    commands: SyncSender<Command>,
+    waker: Arc<EventFd>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+/// Buffers of a thread's ring.
+#[derive(Debug, Clone, Copy)]
+pub struct BufferSizes {
+    pub count: u16,
+    pub size_bytes: usize,
+}
+
+/// Why a thread could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("cannot start a data-path thread")]
+    Thread(#[source] io::Error),
+    #[error("cannot make the wake-up descriptor of a data-path thread")]
+    Waker(#[source] nix::Error),
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error("a data-path thread ended while it started")]
+    Ended,
+}
+
+impl Worker {
+    /// Starts a thread with a ring of its own. `on_end` is told when it ends, for whatever reason.
+    pub fn start(
+        index: u32,
+        config: Config,
+        buffers: BufferSizes,
+        on_end: Arc<EventFd>,
+    ) -> Result<Self, StartError> {
+        let waker = Arc::new(EventFd::new().map_err(StartError::Waker)?);
+        let (commands, inbox) = mpsc::sync_channel(COMMANDS_MAX);
+        let (started, start) = mpsc::channel();
+        let ring_waker = waker.clone();
+        let body = move || {
+            let _notice = EndNotice(on_end);
+            // The ring belongs to the thread that makes it.
+            let ring = match Ring::new(buffers.count, buffers.size_bytes, ring_waker) {
+                Ok(ring) => ring,
+                Err(error) => {
+                    // The starter is waiting for it.
+                    let _ = started.send(Err(error));
+                    return Ok(());
+                }
+            };
+            let _ = started.send(Ok(()));
+            run(ring, Core::new(config), &inbox)
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("ring-{index}"))
+            .spawn(body)
+            .map_err(StartError::Thread)?;
+        start.recv().map_err(|_| StartError::Ended)??;
+        Ok(Self { commands, waker, thread })
+    }
+
+    /// Hands over a command; false when the thread is gone or does not keep up.
+    pub fn send(&self, command: Command) -> bool {
+        let sent = self.commands.try_send(command).is_ok();
+        sent && self.waker.write(1).is_ok()
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the thread's end, and says why it ended if it should not have.
+    pub fn join(self) -> Result<(), String> {
+        match self.thread.join() {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(format!("the door failed: {error}")),
+            Err(_) => Err("it panicked".to_owned()),
+        }
+    }
+}
+
+/// Tells the control thread that this thread has ended, also when it panics.
+struct EndNotice(Arc<EventFd>);
+
+impl Drop for EndNotice {
+    fn drop(&mut self) {
+        let _ = self.0.write(1);
+    }
+}
+
+/// The thread's loop: wait, take in, decide, do.
+fn run(mut door: impl Door, mut core: Core, commands: &Receiver<Command>) -> io::Result<()> {
+    let start = Instant::now();
+    let now = || start.elapsed().as_millis() as Millis;
+    let mut completions = Vec::new();
+    while !core.is_finished() {
+        let timeout = core.next_deadline().map(|at| Duration::from_millis(at.saturating_sub(now())));
+        door.wait(timeout, &mut completions)?;
+        let now = now();
+        for completion in completions.drain(..) {
+            core.handle(now, completion);
+        }
+        while let Ok(command) = commands.try_recv() {
+            obey(command, &mut core, &mut door, now);
+        }
+        core.finish_batch(now);
+        door.apply(core.ops())?;
+    }
+    Ok(())
+}
+
+fn obey(command: Command, core: &mut Core, door: &mut impl Door, now: Millis) {
+    match command {
+        Command::SetTable(table, done) => {
+            core.set_table(now, &table);
+            // The asker may have stopped waiting.
+            let _ = done.send(());
+        }
+        Command::AddListener { id, kind, socket } => {
+            door.add_listener(id, socket, kind == ListenerKind::Http);
+            core.add_listener(id, kind);
+        }
+        Command::RemoveListener(id) => {
+            core.remove_listener(id);
+            door.remove_listener(id);
+        }
+        Command::Status(reply) => {
+            let _ = reply.send(core.snapshot(now));
+        }
+        Command::Stop => core.stop(now),
+    }
+}
