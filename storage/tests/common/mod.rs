@@ -33,10 +33,7 @@ impl Site {
     }
 
     pub fn config(&self) -> PoolConfig {
-        let mut config = PoolConfig::loop_file(self.file(), self.mount_point(), POOL_BYTES);
-        config.reserve_bytes = Some(RESERVE_BYTES);
-        config.lock_wait_ms = 0;
-        config
+        config_in(self.dir.path())
     }
 
     pub fn open(&self) -> Pool {
@@ -83,6 +80,13 @@ impl Drop for Site {
             let _ = Command::new("losetup").args(["--detach", &format!("/dev/{device}")]).status();
         }
     }
+}
+
+pub fn config_in(dir: &Path) -> PoolConfig {
+    let mut config = PoolConfig::loop_file(dir.join("pool.btrfs"), dir.join("pool"), POOL_BYTES);
+    config.reserve_bytes = Some(RESERVE_BYTES);
+    config.lock_wait_ms = 0;
+    config
 }
 
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
@@ -162,7 +166,7 @@ pub fn publish_image(pool: &Pool, name: &str, content: &str) -> ImageId {
 /// All subvolume paths of the file system, by the tool that is not ours.
 pub fn subvolumes(site: &Site) -> Vec<String> {
     let output = Command::new("btrfs").args(["subvolume", "list"]).arg(site.mount_point()).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
     text.lines().filter_map(|line| line.split(" path ").nth(1)).map(str::to_owned).collect()
 }
 
