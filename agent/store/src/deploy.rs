@@ -305,6 +305,15 @@ impl Store {
             .during("read the deploy under way")
     }
 
+    /// The newest deploy that is done: its release serves, unless the deploy under way has switched already.
+    pub async fn deploy_serving(&self, app: &AppName) -> Result<Option<Deploy>> {
+        sqlx::query_as("SELECT * FROM deploys WHERE app = ?1 AND phase = 'done' ORDER BY id DESC LIMIT 1")
+            .bind(app.as_str())
+            .fetch_optional(&self.readers)
+            .await
+            .during("read the deploy that serves")
+    }
+
     /// Every deploy that is under way, oldest first: what a brain that starts goes on with.
     pub async fn deploys_unfinished(&self) -> Result<Vec<Deploy>> {
         sqlx::query_as("SELECT * FROM deploys WHERE phase NOT IN ('done', 'failed') ORDER BY id")

@@ -83,6 +83,8 @@ pub struct Version {
     pub node: u16,
     /// None while the runner can't be reached.
     pub runner: Option<String>,
+    /// Where the balancer takes HTTP.
+    pub http_address: String,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -12,6 +12,10 @@
 
 #![forbid(unsafe_code)]
 
+// The words of the messages, for those who know the messages alone: the runner depends on no other crate of the
+// agent's than this one.
+pub use epagent_core::{name, spec};
+
 pub mod api;
 pub mod runner;
 pub mod table;

@@ -211,6 +211,8 @@ pub enum Reply {
         node: u16,
     },
     World(Box<World>),
+    /// The same, when it is larger than a packet: one descriptor comes with it, a memfd with the [`World`] as JSON.
+    WorldFile,
     /// The jail that does it. For a job: its end comes as [`Event::Exited`] and in [`World::jails`].
     Started {
         jail: JailId,

@@ -1,9 +1,27 @@
 //! What `epagentd` tells `epagent-balancer`, as the balancer's control socket takes it: one JSON value per line.
 //!
-//! The balancer imports no crate of ours and documents the same shapes on its side; a test in `tests/` holds the
-//! two against each other.
+//! The balancer imports no crate of ours and documents the same shapes on its side, with all its counters; here
+//! is what the agent sends and reads. A test in `tests/` holds the two against each other.
 
 use serde::{Deserialize, Serialize};
+
+/// The longest line either side sends.
+pub const LINE_BYTES_MAX: usize = 4 << 20;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    SetTable(Table),
+    Status {},
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Response {
+    Ack(Ack),
+    Status(Status),
+    Error(Refused),
+}
 
 /// The whole table. It replaces the one before, between two requests, if its version is higher.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,7 +40,7 @@ pub struct Route {
     pub hold: Hold,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Match {
     Host(String),
@@ -34,8 +52,6 @@ pub enum Match {
 pub enum Action {
     /// To one of these that is up; while none is, requests are held.
     Proxy { upstreams: Vec<Upstream> },
-    /// Every new request waits for a later table. Those in flight end where they are.
-    Hold { upstreams: Vec<Upstream> },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,4 +76,41 @@ pub enum UpstreamState {
 pub struct Hold {
     pub max_requests: u32,
     pub max_age_ms: u64,
+}
+
+/// The table of this version is in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ack {
+    pub version: u64,
+    /// What of it could not be put into effect; the rest is in force all the same.
+    pub problems: Vec<Problem>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// The route it is about; none when it is about the whole table.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub route: Option<String>,
+    pub message: String,
+}
+
+/// Nothing was changed, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    pub code: String,
+    pub message: String,
+}
+
+/// What the agent reads of the balancer's status.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub table_version: u64,
+    pub upstreams: Vec<UpstreamStatus>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpstreamStatus {
+    pub id: String,
+    pub active_requests: u64,
+    pub active_connections: u64,
 }

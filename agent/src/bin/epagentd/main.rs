@@ -1,3 +1,212 @@
-//! epagentd, the deciding daemon.
+//! epagentd, the brain: decides, and does nothing that needs a privilege.
+//!
+//! ```text
+//!  admin.sock, read.sock ─▶ api ─┬─▶ store (SQLite)
+//!                                └─▶ apps: one loop per app ─▶ runner (the link to the hands)
+//!                                       ▲        └─▶ routing ─▶ balancer (the link to the front)
+//!                         world, checks ┘
+//! ```
+//!
+//! Everything here may be killed at any time. Nothing that runs or serves depends on it, and it finds its way back
+//! from the store and from what the runner has.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod api;
+mod apps;
+mod balancer;
+mod clock;
+mod config;
+mod health;
+mod images;
+mod logs;
+mod routing;
+mod runner;
+mod supervise;
+mod table;
+mod uploads;
+mod world;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use epagent::activation::{ActivationError, Inherited};
+use epagent_store::{Store, StoreError};
+use epagent_wire::runner::Event;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Mutex, broadcast, mpsc};
+
+use crate::apps::{Apps, Held, Parts};
+use crate::balancer::Balancer;
+use crate::config::{Config, ConfigError};
+use crate::health::Checks;
+use crate::routing::Routing;
+use crate::supervise::{Board, chain, keep_running};
+
+/// Health changes that wait for their app's loop to be woken.
+const CHANGES_QUEUED_MAX: usize = 1024;
+
+/// The deciding daemon of epagent. It is started by systemd or by `epagent dev`.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[arg(long, value_name = "FILE", default_value = "/etc/epagent/epagentd.toml")]
+    config: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Sockets(#[from] ActivationError),
+    #[error("opening the agent's state")]
+    Store(#[from] StoreError),
+    #[error("{attempted}")]
+    Io {
+        attempted: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("EPAGENT_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    supervise::keep_backtraces();
+    match start(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(arguments: Arguments) -> Result<(), StartError> {
+    let config = Config::read(&arguments.config)?;
+    let mut inherited = Inherited::from_env()?;
+    let admin = inherited.take_unix("admin")?;
+    let read = inherited.take_unix("read")?;
+    let failed = |attempted| move |source| StartError::Io { attempted, source };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(failed("starting the runtime"))?;
+    runtime.block_on(async {
+        let apps = assemble(config).await?;
+        let admin = api::listener(admin).map_err(failed("listening on the admin socket"))?;
+        let read = api::listener(read).map_err(failed("listening on the read socket"))?;
+        let (parts, board) = (apps.parts().clone(), apps.parts().board.clone());
+        let apps_of_read = apps.clone();
+        tokio::spawn(keep_running("api-admin", parts.store.clone(), board.clone(), move || {
+            api::serve(admin.clone(), apps.clone(), api::Access::Admin)
+        }));
+        tokio::spawn(keep_running("api-read", parts.store.clone(), board, move || {
+            api::serve(read.clone(), apps_of_read.clone(), api::Access::Read)
+        }));
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed("watching for SIGTERM"))?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("watching for SIGINT"))?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        parts.store.close().await;
+        Ok(())
+    })
+}
+
+/// Opens the state, links to runner and balancer, and starts every loop.
+async fn assemble(config: Config) -> Result<Apps, StartError> {
+    let config = Arc::new(config);
+    let store = Store::open(&config.state_dir.join("state.db"), &config.state_dir.join("key")).await?;
+    let unfinished: Vec<_> = store.deploys_unfinished().await?.into_iter().map(|deploy| deploy.id).collect();
+    uploads::sweep(&config, &unfinished)
+        .map_err(|source| StartError::Io { attempted: "clearing old uploads", source })?;
+    let known: BTreeSet<_> = store.apps().await?.into_iter().map(|app| app.app).collect();
+
+    let board = Board::default();
+    let (runner, link) = runner::link(&config.run_dir.join("runner.sock"));
+    let (worlds, watcher) = world::watcher(runner.clone());
+    let (changed, mut changes) = mpsc::channel(CHANGES_QUEUED_MAX);
+    let checks = Checks::new(runner.clone(), changed);
+    let routing = Routing::new(Balancer::new(&config.run_dir.join("balancer.sock")), known.clone());
+    let parts = Parts {
+        config,
+        store: store.clone(),
+        runner: runner.clone(),
+        worlds,
+        checks,
+        routing: routing.clone(),
+        board: board.clone(),
+        held: Held::default(),
+    };
+    let apps = Apps::new(parts.clone());
+
+    let link = Arc::new(Mutex::new(link));
+    spawn("runner-link", &parts, move || {
+        let link = link.clone();
+        async move { link.lock().await.run().await }
+    });
+    let watcher = Arc::new(Mutex::new(watcher));
+    spawn("world", &parts, move || {
+        let watcher = watcher.clone();
+        async move { watcher.lock().await.run().await }
+    });
+    let stored = store.clone();
+    spawn("routing", &parts, move || {
+        let (routing, store) = (routing.clone(), stored.clone());
+        async move { routing.run(store).await }
+    });
+    let image_parts = parts.clone();
+    spawn("images", &parts, move || images::keep_clean(image_parts.clone()));
+    let woken = apps.clone();
+    tokio::spawn(async move {
+        while let Some(app) = changes.recv().await {
+            woken.wake(&app);
+        }
+    });
+    let woken = apps.clone();
+    tokio::spawn(async move {
+        let mut events = runner.events();
+        loop {
+            match events.recv().await {
+                Ok(Event::Exited { jail, .. }) => {
+                    // An id is its app's name, a hyphen and eight letters.
+                    if let Some((app, _)) = jail.as_str().rsplit_once('-')
+                        && let Ok(app) = app.parse()
+                        && matches!(woken.parts().store.app(&app).await, Ok(Some(_)))
+                    {
+                        woken.wake(&app);
+                    }
+                }
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return,
+            }
+        }
+    });
+    for app in &known {
+        apps.wake(app);
+    }
+    Ok(apps)
+}
+
+fn spawn<F, E>(name: &'static str, parts: &Parts, body: impl FnMut() -> F + Send + 'static)
+where
+    F: Future<Output = Result<(), E>> + Send + 'static,
+    E: std::error::Error + 'static,
+{
+    let (store, board) = (parts.store.clone(), parts.board.clone());
+    tokio::spawn(async move { keep_running(name, store, board, body).await });
+}

@@ -1,0 +1,255 @@
+//! The loop of each app: look, decide, act, again.
+//!
+//! ```text
+//!          store (what is wanted) ─┐
+//!          world (what there is) ──┼─▶ View ─▶ epagent_core::app::plan ─▶ actions ─▶ runner, store
+//!   checks, balancer (how it is) ──┘     └───▶ routes ─▶ the balancer's table
+//! ```
+//!
+//! A loop keeps nothing that matters between two rounds, so it may be killed anywhere; each round begins with a
+//! look at the world that was begun after the last action. It is woken by requests, by the runner's events, by
+//! health changes, and by the clock.
+
+mod act;
+mod build;
+mod look;
+mod start;
+mod tidy;
+
+pub use build::Progress;
+pub use look::state;
+pub use start::{environment, missing_secrets, start as start_jail};
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use epagent_core::app::{Crash, plan};
+use epagent_core::name::{AppName, JailId, ProcessName};
+use epagent_store::{Store, StoreError, Wanted};
+use tokio::sync::Notify;
+
+use crate::clock;
+use crate::config::Config;
+use crate::health::Checks;
+use crate::routing::Routing;
+use crate::runner::{CallError, Runner};
+use crate::supervise::{Board, chain};
+use crate::table;
+use crate::world::Worlds;
+
+/// The pace of an app that is as it should be.
+const PACE_CALM: Duration = Duration::from_secs(1);
+/// The pace while something is on its way.
+const PACE_BUSY: Duration = Duration::from_millis(50);
+/// The pace while the runner is away or a round fails.
+const PACE_TROUBLE: Duration = Duration::from_millis(250);
+
+/// What every loop and every request works with. Cheap to clone.
+#[derive(Clone)]
+pub struct Parts {
+    pub config: Arc<Config>,
+    pub store: Store,
+    pub runner: Runner,
+    pub worlds: Worlds,
+    pub checks: Checks,
+    pub routing: Routing,
+    pub board: Board,
+    /// Jails that a request of a user holds: `epagent run`.
+    pub held: Held,
+}
+
+/// Jails that no instance row speaks of and that are not to be swept.
+#[derive(Clone, Default)]
+pub struct Held(Arc<Mutex<HashSet<JailId>>>);
+
+impl Held {
+    /// Holds the jail until the guard is dropped.
+    pub fn hold(&self, id: JailId) -> HeldGuard {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
+        HeldGuard { held: self.clone(), id }
+    }
+
+    pub fn contains(&self, id: &JailId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(id)
+    }
+}
+
+pub struct HeldGuard {
+    held: Held,
+    id: JailId,
+}
+
+impl Drop for HeldGuard {
+    fn drop(&mut self) {
+        self.held.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+/// All apps' loops.
+#[derive(Clone)]
+pub struct Apps {
+    parts: Parts,
+    loops: Arc<Mutex<HashMap<AppName, Arc<Notify>>>>,
+}
+
+/// Why a round was not finished. The next one begins anew.
+#[derive(Debug, thiserror::Error)]
+pub enum RoundError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{attempted}")]
+    Runner {
+        attempted: String,
+        #[source]
+        source: CallError,
+    },
+    #[error("{attempted}")]
+    Io {
+        attempted: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the record of how far {0} is can't be read")]
+    Progress(epagent_core::name::DeployId, #[source] serde_json::Error),
+}
+
+impl Apps {
+    pub fn new(parts: Parts) -> Self {
+        Self { parts, loops: Arc::default() }
+    }
+
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    /// Has the app looked at now; starts its loop if it has none.
+    pub fn wake(&self, app: &AppName) {
+        let mut loops = self.loops.lock().unwrap_or_else(PoisonError::into_inner);
+        let wake = loops.entry(app.clone()).or_insert_with(|| {
+            let wake = Arc::new(Notify::new());
+            tokio::spawn(self.clone().keep_app(app.clone(), wake.clone()));
+            wake
+        });
+        wake.notify_one();
+    }
+
+    /// Runs the app's loop until the app is gone; a panic in it is recorded and it starts anew.
+    async fn keep_app(self, app: AppName, wake: Arc<Notify>) {
+        loop {
+            let running = AppLoop::new(app.clone(), self.parts.clone(), wake.clone()).run();
+            match tokio::spawn(running).await {
+                Ok(()) => break,
+                Err(_) => {
+                    let subject = format!("app {app}");
+                    let store = &self.parts.store;
+                    let now_ms = clock::now_ms();
+                    let _ = store.error_record("loop_failed", &subject, "panicked", None, now_ms).await;
+                    tokio::time::sleep(PACE_CALM).await;
+                }
+            }
+        }
+        self.loops.lock().unwrap_or_else(PoisonError::into_inner).remove(&app);
+        // Somebody may have made the app again in between, and woken the loop that was about to end.
+        if matches!(self.parts.store.app(&app).await, Ok(Some(_))) {
+            self.wake(&app);
+        }
+    }
+}
+
+struct AppLoop {
+    app: AppName,
+    parts: Parts,
+    wake: Arc<Notify>,
+    crashes: BTreeMap<(ProcessName, u32), Crash>,
+    /// Since when instances drain, as far as this process saw it.
+    draining: HashMap<JailId, u64>,
+    /// The trouble that was last recorded, so that it is told once and not every round.
+    trouble: Option<String>,
+}
+
+enum Pace {
+    Again,
+    Busy,
+    Calm,
+    Away,
+    Gone,
+}
+
+impl AppLoop {
+    fn new(app: AppName, parts: Parts, wake: Arc<Notify>) -> Self {
+        Self { app, parts, wake, crashes: BTreeMap::new(), draining: HashMap::new(), trouble: None }
+    }
+
+    async fn run(mut self) {
+        loop {
+            let pause = match self.round().await {
+                Ok(Pace::Gone) => return,
+                Ok(Pace::Again) => continue,
+                Ok(Pace::Busy) => PACE_BUSY,
+                Ok(Pace::Calm) => {
+                    self.trouble = None;
+                    PACE_CALM
+                }
+                Ok(Pace::Away) => PACE_TROUBLE,
+                Err(error) => {
+                    self.tell_trouble(chain(&error)).await;
+                    PACE_TROUBLE
+                }
+            };
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Records trouble, unless it is the same as before.
+    async fn tell_trouble(&mut self, message: String) {
+        if self.trouble.as_ref() == Some(&message) {
+            return;
+        }
+        tracing::warn!(app = %self.app, message, "an app could not be made what it should be");
+        let subject = format!("app {}", self.app);
+        let recorded =
+            self.parts.store.error_record("app_trouble", &subject, &message, None, clock::now_ms()).await;
+        if recorded.is_ok() {
+            self.trouble = Some(message);
+        }
+    }
+
+    async fn round(&mut self) -> Result<Pace, RoundError> {
+        let Some(app) = self.parts.store.app(&self.app).await? else {
+            self.parts.routing.remove(&self.app);
+            self.parts.checks.keep(&self.app, Vec::new());
+            return Ok(Pace::Gone);
+        };
+        let Some(world) = self.parts.worlds.fresh().await else { return Ok(Pace::Away) };
+        let mut seen = self.look(&app, &world).await?;
+        self.parts.checks.keep(&self.app, seen.subjects());
+        let routes = table::routes(&self.app, &seen.view, &seen.addresses);
+        seen.view.table_current = self.parts.routing.hand_in(&self.app, routes);
+        if seen.view.table_current {
+            self.see_in_flight(&mut seen).await;
+        }
+
+        if self.build(&mut seen, &world).await? {
+            return Ok(Pace::Again);
+        }
+        let swept = self.sweep(&seen, &world).await?;
+        let actions = plan(&seen.view, clock::now_ms());
+        let acted = !actions.is_empty();
+        for action in actions {
+            self.act(action, &seen).await?;
+        }
+        if app.wanted == Wanted::Removed && seen.is_empty() && !acted && !swept {
+            self.remove(&world).await?;
+            return Ok(Pace::Again);
+        }
+        Ok(match (acted || swept, seen.is_settled()) {
+            (true, _) => Pace::Again,
+            (false, false) => Pace::Busy,
+            (false, true) => Pace::Calm,
+        })
+    }
+}

@@ -1,0 +1,235 @@
+//! What one round sees: the store's rows, held against the runner's world, as a view that can be planned on.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use epagent_core::app::{Candidate, Crash, Generation, Instance, InstanceState, View};
+use epagent_core::exit::Exit;
+use epagent_core::health::Health;
+use epagent_core::name::JailId;
+use epagent_core::phase::Phase;
+use epagent_store::{App, Deploy, Instance as Row, Release, Wanted};
+use epagent_wire::runner::{Jail, JailState, World};
+
+use super::{AppLoop, RoundError};
+use crate::clock;
+use crate::health::Subject;
+
+/// The states an instance's row goes through. `healthy` is `running` after it has proven itself, so that a
+/// restarted agent need not prove it again.
+pub mod state {
+    pub const STARTING: &str = "starting";
+    pub const RUNNING: &str = "running";
+    pub const HEALTHY: &str = "healthy";
+    pub const DRAINING: &str = "draining";
+    pub const STOPPING: &str = "stopping";
+    pub const EXITED: &str = "exited";
+}
+
+pub struct Seen {
+    pub view: View,
+    pub rows: HashMap<JailId, Row>,
+    pub addresses: HashMap<JailId, String>,
+    /// The deploy under way, in whatever phase.
+    pub deploy: Option<Deploy>,
+    /// The releases of the generations in the view.
+    pub releases: Vec<Release>,
+    /// Rows that are recorded as starting and that the runner does not know: their start was cut.
+    pub unstarted: Vec<JailId>,
+}
+
+impl AppLoop {
+    pub(super) async fn look(&mut self, app: &App, world: &World) -> Result<Seen, RoundError> {
+        let store = &self.parts.store;
+        let deploy = store.deploy_under_way(&self.app).await?;
+        let served = store.deploy_serving(&self.app).await?;
+        let mut releases = Vec::new();
+        let candidate = match &deploy {
+            Some(deploy) if has_instances(deploy.phase) && app.wanted != Wanted::Removed => {
+                let generation = self.generation(deploy, &mut releases).await?;
+                generation.map(|generation| Candidate { generation, phase: deploy.phase })
+            }
+            _ => None,
+        };
+        let serving = match (&candidate, &served) {
+            (Some(candidate), _) if candidate.phase.has_switched() => Some(candidate.generation.clone()),
+            (_, Some(served)) => self.generation(served, &mut releases).await?,
+            _ => None,
+        };
+        let mut seen = Seen {
+            view: View {
+                wanted: app.wanted == Wanted::Running,
+                serving,
+                candidate,
+                scale: self.parts.store.scale(&self.app).await?,
+                instances: Vec::new(),
+                crashes: self.crashes.clone(),
+                table_current: false,
+            },
+            rows: HashMap::new(),
+            addresses: HashMap::new(),
+            deploy,
+            releases,
+            unstarted: Vec::new(),
+        };
+        for row in self.parts.store.instances_live(Some(&self.app)).await? {
+            self.see_instance(row, world, &mut seen).await?;
+        }
+        seen.view.crashes.clone_from(&self.crashes);
+        self.draining.retain(|id, _| seen.rows.contains_key(id));
+        Ok(seen)
+    }
+
+    async fn generation(
+        &self,
+        deploy: &Deploy,
+        releases: &mut Vec<Release>,
+    ) -> Result<Option<Generation>, RoundError> {
+        let Some(release) = self.parts.store.release(&self.app, deploy.release).await? else {
+            return Ok(None);
+        };
+        let spec = Arc::new(release.spec.clone());
+        releases.push(release);
+        Ok(Some(Generation { deploy: deploy.id, release: deploy.release, spec }))
+    }
+
+    async fn see_instance(&mut self, row: Row, world: &World, seen: &mut Seen) -> Result<(), RoundError> {
+        let jail = world.jails.iter().find(|jail| jail.id == row.jail);
+        let finding = self.parts.checks.finding(&row.jail);
+        let proven = row.state == state::HEALTHY;
+        let health = match &finding {
+            Some(finding) => finding.health,
+            None if proven => Health::Healthy,
+            None => Health::Unproven,
+        };
+        if row.restarts > 0 {
+            let place = (row.process.clone(), row.index);
+            let at_ms = row.created_at_ms;
+            self.crashes.entry(place).or_insert(Crash { restarts: row.restarts, at_ms });
+        }
+        let state = match jail.map(|jail| &jail.state) {
+            Some(JailState::Exited(exit)) => InstanceState::Exited(exit.clone()),
+            None if row.state == state::STARTING => {
+                seen.unstarted.push(row.jail.clone());
+                InstanceState::Starting
+            }
+            None => {
+                InstanceState::Exited(Exit { monitor_lost: true, at_ms: clock::now_ms(), ..Exit::default() })
+            }
+            Some(JailState::Starting | JailState::Running) => match row.state.as_str() {
+                state::DRAINING => {
+                    let since_ms = *self.draining.entry(row.jail.clone()).or_insert_with(clock::now_ms);
+                    InstanceState::Draining { since_ms, in_flight: None }
+                }
+                state::STOPPING => InstanceState::Stopping,
+                _ if matches!(jail, Some(Jail { state: JailState::Starting, .. })) => InstanceState::Starting,
+                _ => InstanceState::Running,
+            },
+        };
+        if let Some(jail) = jail {
+            self.record_progress(&row, jail, &state, health).await?;
+            if let Some(address) = &jail.address {
+                seen.addresses.insert(row.jail.clone(), address.clone());
+            }
+        }
+        let started_at_ms = row.started_at_ms.unwrap_or(row.created_at_ms);
+        seen.view.instances.push(Instance {
+            id: row.jail.clone(),
+            deploy: row.deploy,
+            process: row.process.clone(),
+            index: row.index,
+            state,
+            health,
+            started_at_ms,
+            last_error: finding.and_then(|finding| finding.last_error),
+        });
+        seen.rows.insert(row.jail.clone(), row);
+        Ok(())
+    }
+
+    /// starting → running → healthy, in the store.
+    async fn record_progress(
+        &self,
+        row: &Row,
+        jail: &Jail,
+        state: &InstanceState,
+        health: Health,
+    ) -> Result<(), RoundError> {
+        if *state != InstanceState::Running {
+            return Ok(());
+        }
+        let store = &self.parts.store;
+        match (row.state.as_str(), health) {
+            (state::STARTING, _) => {
+                let at_ms = jail.started_at_ms.unwrap_or_else(clock::now_ms);
+                store.instance_started(&row.jail, state::RUNNING, jail.address.as_deref(), at_ms).await?;
+            }
+            (state::RUNNING, Health::Healthy) => {
+                store.instance_state(&row.jail, state::HEALTHY).await?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Asks the balancer what draining instances still have. To be called when the balancer is known to have the
+    /// table that drains them: what an older table says may still grow.
+    pub(super) async fn see_in_flight(&self, seen: &mut Seen) {
+        let drains = |instance: &Instance| matches!(instance.state, InstanceState::Draining { .. });
+        if !seen.view.instances.iter().any(drains) {
+            return;
+        }
+        let Some(counts) = self.parts.routing.in_flight().await else { return };
+        for instance in &mut seen.view.instances {
+            if let InstanceState::Draining { in_flight, .. } = &mut instance.state {
+                *in_flight = Some(counts.get(&instance.id).copied().unwrap_or(0));
+            }
+        }
+    }
+}
+
+impl Seen {
+    /// What is to be checked: everything that runs and may serve.
+    pub fn subjects(&self) -> Vec<Subject> {
+        let generations: Vec<&Generation> =
+            [self.view.serving.as_ref(), self.view.candidate.as_ref().map(|candidate| &candidate.generation)]
+                .into_iter()
+                .flatten()
+                .collect();
+        let running = self.view.instances.iter().filter(|instance| instance.state == InstanceState::Running);
+        running
+            .filter_map(|instance| {
+                let generation =
+                    generations.iter().find(|generation| generation.deploy == instance.deploy)?;
+                let spec = generation.spec.processes.get(&instance.process)?.health.clone();
+                let address = self.addresses.get(&instance.id)?.clone();
+                let proven = self.rows.get(&instance.id)?.state == state::HEALTHY;
+                Some(Subject { id: instance.id.clone(), address, spec, proven })
+            })
+            .collect()
+    }
+
+    /// Nothing of the app runs or is being made.
+    pub fn is_empty(&self) -> bool {
+        self.view.instances.is_empty()
+    }
+
+    /// Nothing is on its way.
+    pub fn is_settled(&self) -> bool {
+        let settled = |instance: &Instance| {
+            instance.state == InstanceState::Running && instance.health != Health::Unproven
+        };
+        let waits_for_upload = |deploy: &Deploy| deploy.phase == Phase::Received;
+        self.deploy.as_ref().is_none_or(waits_for_upload)
+            && self.view.instances.iter().all(settled)
+            && self.view.table_current
+    }
+
+    pub fn release(&self, number: epagent_core::name::ReleaseNumber) -> Option<&Release> {
+        self.releases.iter().find(|release| release.number == number)
+    }
+}
+
+fn has_instances(phase: Phase) -> bool {
+    matches!(phase, Phase::Starting | Phase::Checking | Phase::Switching | Phase::Draining)
+}

@@ -1,0 +1,83 @@
+//! The agent's end of the balancer's control socket: one table out, its status in.
+//!
+//! A connection serves one exchange. The balancer answers `set_table` only when every thread of it routes by the
+//! table and the table is saved, so an acknowledged version is in force and stays so without us.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use epagent_wire::table::{Ack, LINE_BYTES_MAX, Request, Response, Status, Table};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+/// How long the balancer may take for one exchange.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Clone)]
+pub struct Balancer {
+    path: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BalancerError {
+    #[error("the balancer can't be reached at {path}")]
+    Connect {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the connection to the balancer broke")]
+    Io(#[from] std::io::Error),
+    #[error("the balancer did not answer in {} s", TIMEOUT.as_secs())]
+    TimedOut,
+    #[error("the balancer's answer is not understood")]
+    Garbled(#[from] serde_json::Error),
+    #[error("the balancer refused: {code}: {message}")]
+    Refused { code: String, message: String },
+}
+
+impl Balancer {
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    pub async fn set_table(&self, table: Table) -> Result<Ack, BalancerError> {
+        match self.exchange(&Request::SetTable(table)).await? {
+            Response::Ack(ack) => Ok(ack),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    pub async fn status(&self) -> Result<Status, BalancerError> {
+        match self.exchange(&Request::Status {}).await? {
+            Response::Status(status) => Ok(status),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    async fn exchange(&self, request: &Request) -> Result<Response, BalancerError> {
+        tokio::time::timeout(TIMEOUT, self.exchange_now(request))
+            .await
+            .map_err(|_| BalancerError::TimedOut)?
+    }
+
+    async fn exchange_now(&self, request: &Request) -> Result<Response, BalancerError> {
+        let connected = UnixStream::connect(&self.path).await;
+        let stream =
+            connected.map_err(|source| BalancerError::Connect { path: self.path.clone(), source })?;
+        let mut stream = BufReader::new(stream);
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        stream.write_all(&line).await?;
+        let mut answer = Vec::new();
+        stream.take(LINE_BYTES_MAX as u64).read_until(b'\n', &mut answer).await?;
+        Ok(serde_json::from_slice(&answer)?)
+    }
+}
+
+fn unexpected(response: Response) -> BalancerError {
+    match response {
+        Response::Error(refused) => BalancerError::Refused { code: refused.code, message: refused.message },
+        _ => BalancerError::Refused { code: "unexpected".to_owned(), message: "another answer".to_owned() },
+    }
+}

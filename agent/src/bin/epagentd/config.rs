@@ -1,0 +1,66 @@
+//! `epagentd.toml`.
+
+use std::path::{Path, PathBuf};
+
+use epagent_core::name::ImageName;
+use serde::Deserialize;
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub node: u16,
+    /// Holds the database, the key of the secrets and uploads under way. 0700.
+    pub state_dir: PathBuf,
+    /// Where the runner's and the balancer's sockets are.
+    pub run_dir: PathBuf,
+    /// For a `Procfile`, which names none.
+    pub default_image: ImageName,
+    /// Beside root, members of this group may use `admin.sock`.
+    pub admin_gid: u32,
+    /// Where the balancer listens, to tell users.
+    pub http_address: String,
+    #[serde(default)]
+    pub limits: Bounds,
+}
+
+/// Bounds on what the agent keeps.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Bounds {
+    /// Bytes of one uploaded archive.
+    pub archive_bytes: u64,
+    /// Releases of one app that are kept for a rollback.
+    pub releases_kept: usize,
+    /// Ended instances and jobs of one app whose logs are kept.
+    pub logs_kept: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { archive_bytes: epagent_wire::api::ARCHIVE_BYTES_MAX, releases_kept: 5, logs_kept: 20 }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("reading the configuration {path}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the configuration {path} is not valid")]
+    Parse {
+        path: PathBuf,
+        #[source]
+        source: toml::de::Error,
+    },
+}
+
+impl Config {
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let read = std::fs::read_to_string(path);
+        let text = read.map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })
+    }
+}

@@ -1,0 +1,184 @@
+//! Health checks of running instances, one task each.
+//!
+//! A task knows its instance's address and check and nothing else. It probes quickly until the instance has proven
+//! itself, so that a deploy waits for the app and not for us, and at the manifest's interval afterwards.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use epagent_core::health::{Health, Tracker};
+use epagent_core::name::{AppName, JailId};
+use epagent_core::spec::{APP_PORT, Check, HealthSpec};
+use epagent_wire::runner::{Event, Reply, Request};
+use http_body_util::Empty;
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+use crate::runner::Runner;
+
+/// The pace until an instance is first healthy.
+const PROVING_INTERVAL: Duration = Duration::from_millis(100);
+/// How long an instance without a check must run to count as healthy.
+const RUNNING_PROVES_AFTER: Duration = Duration::from_secs(1);
+
+/// What a check has found out.
+#[derive(Debug, Clone)]
+pub struct Finding {
+    pub health: Health,
+    pub last_error: Option<String>,
+}
+
+/// All checks that run.
+#[derive(Clone)]
+pub struct Checks {
+    runner: Runner,
+    probes: Arc<Mutex<HashMap<JailId, Probe>>>,
+    /// Told of each app of which an instance's health changed.
+    changed: mpsc::Sender<AppName>,
+}
+
+struct Probe {
+    finding: Arc<Mutex<Finding>>,
+    task: AbortHandle,
+}
+
+/// One instance to be checked.
+pub struct Subject {
+    pub id: JailId,
+    pub address: String,
+    pub spec: HealthSpec,
+    /// It was healthy when the agent last knew.
+    pub proven: bool,
+}
+
+impl Checks {
+    pub fn new(runner: Runner, changed: mpsc::Sender<AppName>) -> Self {
+        Self { runner, probes: Arc::default(), changed }
+    }
+
+    /// Checks exactly these instances of the app from now on.
+    pub fn keep(&self, app: &AppName, subjects: Vec<Subject>) {
+        let mut probes = self.probes.lock().unwrap_or_else(PoisonError::into_inner);
+        let prefix = format!("{app}-");
+        let stays = |id: &JailId| subjects.iter().any(|subject| subject.id == *id);
+        // An id is its app's name, a hyphen and eight letters.
+        let is_of_app = |id: &JailId| id.as_str().strip_prefix(&prefix).is_some_and(|rest| rest.len() == 8);
+        probes.retain(|id, probe| {
+            let keep = stays(id) || !is_of_app(id);
+            if !keep {
+                probe.task.abort();
+            }
+            keep
+        });
+        for subject in subjects {
+            if !probes.contains_key(&subject.id) {
+                probes.insert(subject.id.clone(), self.start(app.clone(), subject));
+            }
+        }
+    }
+
+    pub fn finding(&self, id: &JailId) -> Option<Finding> {
+        let probes = self.probes.lock().unwrap_or_else(PoisonError::into_inner);
+        let finding = &probes.get(id)?.finding;
+        Some(finding.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+
+    fn start(&self, app: AppName, subject: Subject) -> Probe {
+        let mut tracker = if subject.proven { Tracker::proven() } else { Tracker::default() };
+        let finding = Arc::new(Mutex::new(Finding { health: tracker.health(), last_error: None }));
+        let (checks, shared) = (self.clone(), finding.clone());
+        let task = tokio::spawn(async move {
+            let spec = &subject.spec;
+            loop {
+                let result = checks.check(&subject).await;
+                let before = tracker.health();
+                let health = tracker.record(result.is_ok(), spec.rise, spec.fall);
+                *shared.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Finding { health, last_error: result.err() };
+                if health != before && checks.changed.send(app.clone()).await.is_err() {
+                    return;
+                }
+                let pace = match health {
+                    Health::Unproven => PROVING_INTERVAL,
+                    _ => Duration::from_millis(spec.interval_ms),
+                };
+                tokio::time::sleep(pace).await;
+            }
+        });
+        Probe { finding, task: task.abort_handle() }
+    }
+
+    async fn check(&self, subject: &Subject) -> Result<(), String> {
+        let timeout = Duration::from_millis(subject.spec.timeout_ms);
+        let result = match &subject.spec.check {
+            Check::Running => {
+                tokio::time::sleep(RUNNING_PROVES_AFTER).await;
+                return Ok(());
+            }
+            Check::Tcp => tokio::time::timeout(timeout, connect(&subject.address)).await.map(|r| r.map(drop)),
+            Check::Http(path) => tokio::time::timeout(timeout, get(&subject.address, path)).await,
+            Check::Exec(command) => tokio::time::timeout(timeout, self.exec(&subject.id, command)).await,
+        };
+        result.unwrap_or_else(|_| Err(format!("no answer in {} ms", timeout.as_millis())))
+    }
+
+    /// Runs the command in the instance and waits for its end.
+    async fn exec(&self, id: &JailId, command: &str) -> Result<(), String> {
+        let mut events = self.runner.events();
+        let null = || -> Result<OwnedFd, String> {
+            let opened = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
+            Ok(opened.map_err(|error| error.to_string())?.into())
+        };
+        let request = Request::Exec {
+            jail: id.clone(),
+            argv: vec!["/bin/sh".to_owned(), "-c".to_owned(), command.to_owned()],
+            env: BTreeMap::new(),
+            terminal: None,
+        };
+        let answer = self.runner.call_with(request, vec![null()?, null()?, null()?]).await;
+        let Reply::Exec { exec: number } = answer.map_err(|error| error.to_string())?.reply else {
+            return Err("the runner did not start it".to_owned());
+        };
+        loop {
+            match events.recv().await {
+                Ok(Event::ExecExited { jail, exec, exit }) if jail == *id && exec == number => {
+                    return if exit.success() { Ok(()) } else { Err(exit.to_string()) };
+                }
+                Ok(_) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+}
+
+async fn connect(address: &str) -> Result<TcpStream, String> {
+    let stream = TcpStream::connect((address, APP_PORT)).await;
+    stream.map_err(|error| format!("connecting to {address}:{APP_PORT}: {error}"))
+}
+
+/// `GET path`; any answer of 200 to 399 will do. The body is not read.
+async fn get(address: &str, path: &str) -> Result<(), String> {
+    let stream = connect(address).await?;
+    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+    let (mut sender, connection) = handshake.map_err(|error| error.to_string())?;
+    let driver = tokio::spawn(connection);
+    let request = hyper::Request::get(path)
+        .header("host", format!("{address}:{APP_PORT}"))
+        .header("user-agent", "epagent-health")
+        .header("connection", "close")
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| error.to_string())?;
+    let answer = sender.send_request(request).await;
+    driver.abort();
+    let status = answer.map_err(|error| format!("GET {path}: {error}"))?.status();
+    if status.is_success() || status.is_redirection() {
+        Ok(())
+    } else {
+        Err(format!("GET {path} answered {}", status.as_u16()))
+    }
+}

@@ -1,0 +1,157 @@
+//! Reading the logs of instances and jobs.
+//!
+//! A jail's log writer keeps `current.log` and `previous.log` in a folder that only root can reach; the runner
+//! lends a descriptor of that folder. A line is `TIME STREAM TEXT`: RFC 3339, `o` or `e`, what was printed.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+
+use rustix::fs::{Mode, OFlags, openat};
+
+/// How far back a tail looks, in bytes of one file.
+const TAIL_BYTES_MAX: u64 = 1 << 20;
+/// How much a follower takes at a time.
+const CHUNK_BYTES: usize = 64 << 10;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    pub at: String,
+    pub stderr: bool,
+    pub text: String,
+}
+
+/// Reads a log from some point on, through rotation.
+pub struct Follower {
+    folder: OwnedFd,
+    current: Option<File>,
+    rest: Vec<u8>,
+}
+
+/// The last `lines` lines, and a follower of what comes after them.
+pub fn tail(folder: OwnedFd, lines: usize) -> std::io::Result<(Vec<Line>, Follower)> {
+    let mut bytes = Vec::new();
+    if let Some(previous) = open(&folder, "previous.log")? {
+        read_end(previous, &mut bytes)?;
+    }
+    let current = open(&folder, "current.log")?;
+    if let Some(current) = &current {
+        read_end(current.try_clone()?, &mut bytes)?;
+    }
+    let mut follower = Follower { folder, current, rest: Vec::new() };
+    let mut found = follower.split(&bytes);
+    found.drain(..found.len().saturating_sub(lines));
+    Ok((found, follower))
+}
+
+impl Follower {
+    /// Lines that were added since; empty when there are none yet.
+    pub fn more(&mut self) -> std::io::Result<Vec<Line>> {
+        let mut lines = Vec::new();
+        let mut chunk = vec![0; CHUNK_BYTES];
+        loop {
+            if self.current.is_none() {
+                self.current = open(&self.folder, "current.log")?;
+            }
+            let Some(file) = &mut self.current else { return Ok(lines) };
+            let length = file.read(&mut chunk)?;
+            if length > 0 {
+                lines.extend(self.split(&chunk[..length]));
+                // What came in between is left for the next call, so that a flood does not keep us here.
+                return Ok(lines);
+            }
+            // At its end: has another file taken its name?
+            let inode = file.metadata()?.ino();
+            match open(&self.folder, "current.log")? {
+                Some(newer) if newer.metadata()?.ino() != inode => self.current = Some(newer),
+                _ => return Ok(lines),
+            }
+        }
+    }
+
+    fn split(&mut self, bytes: &[u8]) -> Vec<Line> {
+        self.rest.extend_from_slice(bytes);
+        let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') else { return Vec::new() };
+        let whole: Vec<u8> = self.rest.drain(..=end).collect();
+        whole.split(|&byte| byte == b'\n').filter_map(parse).collect()
+    }
+}
+
+fn open(folder: &OwnedFd, name: &str) -> std::io::Result<Option<File>> {
+    match openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty()) {
+        Ok(file) => Ok(Some(file.into())),
+        Err(rustix::io::Errno::NOENT) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Appends the end of the file, from the beginning of a line; leaves the file at its end.
+fn read_end(mut file: File, bytes: &mut Vec<u8>) -> std::io::Result<()> {
+    let length = file.metadata()?.len();
+    let from = length.saturating_sub(TAIL_BYTES_MAX);
+    file.seek(SeekFrom::Start(from))?;
+    let begin = bytes.len();
+    file.take(TAIL_BYTES_MAX * 2).read_to_end(bytes)?;
+    if from > 0 {
+        let cut =
+            bytes[begin..].iter().position(|&byte| byte == b'\n').map_or(bytes.len() - begin, |at| at + 1);
+        bytes.drain(begin..begin + cut);
+    }
+    Ok(())
+}
+
+/// None for an empty line or one that no log writer wrote.
+fn parse(line: &[u8]) -> Option<Line> {
+    let text = String::from_utf8_lossy(line);
+    let (at, rest) = text.split_once(' ')?;
+    let (stream, text) = rest.split_once(' ').unwrap_or((rest, ""));
+    Some(Line { at: at.to_owned(), stderr: stream == "e", text: text.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn folder() -> (tempfile::TempDir, OwnedFd) {
+        let folder = tempfile::tempdir().unwrap();
+        let fd = File::open(folder.path()).unwrap().into();
+        (folder, fd)
+    }
+
+    #[test]
+    fn a_follower_goes_on_through_rotation() {
+        let (folder, fd) = folder();
+        let current = folder.path().join("current.log");
+        std::fs::write(&current, "t1 o one\nt2 e two\nt3 o half").unwrap();
+        let (lines, mut follower) = tail(fd, 1).unwrap();
+        assert_eq!(lines, [Line { at: "t2".into(), stderr: true, text: "two".into() }]);
+
+        let mut file = File::options().append(true).open(&current).unwrap();
+        file.write_all(b" done\n").unwrap();
+        assert_eq!(follower.more().unwrap()[0].text, "half done");
+
+        std::fs::rename(&current, folder.path().join("previous.log")).unwrap();
+        std::fs::write(&current, "t4 o new file\n").unwrap();
+        assert_eq!(follower.more().unwrap()[0].text, "new file");
+        assert!(follower.more().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_log_that_is_not_there_yet_is_empty() {
+        let (folder, fd) = folder();
+        let (lines, mut follower) = tail(fd, 10).unwrap();
+        assert!(lines.is_empty() && follower.more().unwrap().is_empty());
+        std::fs::write(folder.path().join("current.log"), "t o \n").unwrap();
+        assert_eq!(follower.more().unwrap()[0].text, "");
+    }
+
+    #[test]
+    fn a_symlink_in_place_of_the_log_is_not_followed() {
+        let (folder, fd) = folder();
+        std::os::unix::fs::symlink("/etc/passwd", folder.path().join("current.log")).unwrap();
+        assert!(tail(fd, 10).is_err());
+    }
+}
