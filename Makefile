@@ -27,8 +27,7 @@ ROOT_SUITES := EPAGENT_BIN_DIR=$(DIST)
 NEEDS := mkfs.btrfs:btrfs-progs nft:nftables mmdebstrap:mmdebstrap python3:python3 node:nodejs npm:npm \
          zstd:zstd curl:curl ip:iproute2 ps:procps gcc:gcc
 # Packages without a program of their own.
-NEEDS_FILES := /usr/share/doc/python3-venv:python3-venv /usr/share/doc/libc6-dev:libc6-dev \
-         /etc/ssl/certs/ca-certificates.crt:ca-certificates
+NEEDS_PACKAGES := python3-venv libc6-dev ca-certificates
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -41,11 +40,14 @@ rust:
 	@command -v cargo >/dev/null || { echo "error: cargo is missing." >&2; \
 	  echo "  = help: install Rust $$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer, and have ~/.cargo/bin in PATH" >&2; exit 1; }
 
-# node comes with npm in some packages and without it in Debian's: each is looked for by itself.
+# Looked for where an app on the image `host` finds them: a version manager in somebody's home is of no use there.
+# node comes with npm in some packages and without it in Debian's, so each is looked for by itself.
 setup: root
-	@missing=; PATH=$$PATH:/usr/sbin:/sbin; \
-	for need in $(NEEDS); do command -v "$${need%%:*}" >/dev/null || missing="$$missing $${need##*:}"; done; \
-	for need in $(NEEDS_FILES); do [ -e "$${need%%:*}" ] || missing="$$missing $${need##*:}"; done; \
+	@missing=; system=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin; \
+	for need in $(NEEDS); do PATH=$$system command -v "$${need%%:*}" >/dev/null || missing="$$missing $${need##*:}"; done; \
+	if command -v dpkg >/dev/null; then \
+	  for need in $(NEEDS_PACKAGES); do dpkg -s $$need >/dev/null 2>&1 || missing="$$missing $$need"; done; \
+	fi; \
 	if [ -n "$$missing" ]; then \
 	  echo "installing:$$missing"; \
 	  command -v apt-get >/dev/null || { echo "error: no apt-get here; install these yourself:$$missing" >&2; exit 1; }; \
