@@ -48,13 +48,17 @@ impl Phase {
     /// Whether `next` may follow.
     pub fn may_become(self, next: Phase) -> bool {
         use Phase::*;
-        match (self, next) {
-            (Received, Building | Starting) => true,
-            (Building, Releasing) | (Releasing, Starting) | (Starting, Checking) => true,
-            (Checking, Switching) | (Switching, Draining) | (Draining, Done) => true,
-            (Received | Building | Releasing | Starting | Checking, Failed) => true,
-            _ => false,
-        }
+        matches!(
+            (self, next),
+            (Received, Building | Starting)
+                | (Building, Releasing)
+                | (Releasing, Starting)
+                | (Starting, Checking)
+                | (Checking, Switching)
+                | (Switching, Draining)
+                | (Draining, Done)
+                | (Received | Building | Releasing | Starting | Checking, Failed)
+        )
     }
 
     pub fn as_str(self) -> &'static str {

@@ -82,3 +82,102 @@ fn upstreams(view: &View, process: &ProcessName, addresses: &HashMap<JailId, Str
     }
     upstreams
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    use epagent_core::app::{Candidate, Generation};
+    use epagent_core::name::{DeployId, ReleaseNumber};
+    use epagent_core::phase::Phase;
+    use epagent_core::spec::AppSpec;
+
+    use super::*;
+
+    const MANIFEST: &str = r#"
+        app = "shop"
+        image = "host"
+        [process.web]
+        command = "serve"
+        deploy = "STRATEGY"
+        [[route]]
+        host = "shop.example"
+        process = "web"
+    "#;
+
+    fn generation(deploy: i64, strategy: &str) -> Generation {
+        let text = MANIFEST.replace("STRATEGY", strategy);
+        let spec: AppSpec =
+            epagent::manifest::parse_toml("epagent.toml", &text, &Default::default()).unwrap();
+        Generation { deploy: DeployId(deploy), release: ReleaseNumber(1), spec: Arc::new(spec) }
+    }
+
+    fn instance(number: u64, deploy: i64, state: InstanceState, health: Health) -> Instance {
+        Instance {
+            id: JailId::new(&"shop".parse().unwrap(), number),
+            deploy: DeployId(deploy),
+            process: "web".parse().unwrap(),
+            index: 0,
+            state,
+            health,
+            started_at_ms: 0,
+            last_error: None,
+        }
+    }
+
+    fn view(instances: Vec<Instance>) -> View {
+        View {
+            wanted: true,
+            serving: Some(generation(1, "overlap")),
+            candidate: None,
+            scale: BTreeMap::new(),
+            instances,
+            crashes: BTreeMap::new(),
+            table_current: false,
+        }
+    }
+
+    fn states(view: &View) -> Vec<UpstreamState> {
+        let addresses =
+            view.instances.iter().map(|instance| (instance.id.clone(), "100.96.0.1".to_owned())).collect();
+        let routes = routes(&"shop".parse().unwrap(), view, &addresses);
+        let Action::Proxy { upstreams } = &routes[0].action;
+        upstreams.iter().map(|upstream| upstream.state).collect()
+    }
+
+    #[test]
+    fn a_candidate_gets_no_requests_before_its_deploy_switches() {
+        let both = vec![
+            instance(1, 1, InstanceState::Running, Health::Healthy),
+            instance(2, 2, InstanceState::Running, Health::Healthy),
+        ];
+        let mut view = view(both);
+        view.candidate = Some(Candidate { generation: generation(2, "overlap"), phase: Phase::Checking });
+        assert_eq!(states(&view), [UpstreamState::Up]);
+
+        view.serving = Some(generation(2, "overlap"));
+        view.candidate = Some(Candidate { generation: generation(2, "overlap"), phase: Phase::Switching });
+        view.instances[0].state = InstanceState::Draining { since_ms: 0, in_flight: None };
+        assert_eq!(states(&view), [UpstreamState::Draining, UpstreamState::Up]);
+    }
+
+    #[test]
+    fn when_every_instance_fails_its_checks_they_get_requests_all_the_same() {
+        let unhealthy = |number| instance(number, 1, InstanceState::Running, Health::Unhealthy);
+        assert_eq!(states(&view(vec![unhealthy(1), unhealthy(2)])), [UpstreamState::Up, UpstreamState::Up]);
+        let one_well = view(vec![unhealthy(1), instance(2, 1, InstanceState::Running, Health::Healthy)]);
+        assert_eq!(states(&one_well), [UpstreamState::Down, UpstreamState::Up]);
+    }
+
+    #[test]
+    fn a_stopped_app_holds_nobody_and_a_replaced_one_holds_longer() {
+        let hold = |view: &View| routes(&"shop".parse().unwrap(), view, &HashMap::new())[0].hold;
+        let mut view = view(Vec::new());
+        let usual = hold(&view);
+        view.candidate = Some(Candidate { generation: generation(2, "replace"), phase: Phase::Starting });
+        assert!(hold(&view).max_age_ms > usual.max_age_ms);
+        view.wanted = false;
+        assert_eq!(hold(&view).max_requests, 0);
+    }
+}

@@ -125,11 +125,30 @@ pub async fn stop(State(apps): State<Apps>, Path(app): Path<String>) -> Result<J
     Ok(Json(describe(parts, app).await?))
 }
 
+/// Starts what was stopped. What was set while it was stopped is taken now, in a release of its own.
 pub async fn start(
     State(apps): State<Apps>,
     Path(app): Path<String>,
 ) -> Result<(StatusCode, Json<api::Deploy>)> {
-    again(&apps, &app, DeployKind::Start, "starting the app").await
+    let parts = apps.parts();
+    let name = find(parts, &app).await?.app;
+    let serving = parts.store.release_serving(&name).await?.ok_or_else(|| nothing_deployed(&name))?;
+    let config = parts.store.config(&name).await?.unwrap_or_default();
+    let secrets = parts.store.secrets(&name).await?;
+    let same_secrets = secrets.len() == serving.secrets.len()
+        && secrets.iter().all(|secret| serving.secrets.get(&secret.name) == Some(&secret.version));
+    if config.version == serving.config_version && same_secrets {
+        return again(&apps, &app, DeployKind::Start, "starting the app").await;
+    }
+    let new = NewDeploy {
+        app: name,
+        kind: DeployKind::Start,
+        target: Target::Reconfigure { config: Default::default(), secrets: Default::default() },
+        progress: serde_json::Value::Null,
+        note: "starting the app with its new configuration".to_owned(),
+    };
+    let deploy = begin_deploy(&apps, new).await?;
+    Ok((StatusCode::ACCEPTED, Json(shown(parts, deploy).await?)))
 }
 
 pub async fn restart(
