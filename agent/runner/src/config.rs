@@ -1,0 +1,404 @@
+//! `runner.toml`: what the operator, and nobody else, decides.
+//!
+//! Everything a request must not be able to choose is here: where the pool is, which ids and addresses this node
+//! has, whose uid may speak, how much one instance may ask for at most. The file has to belong to root and be
+//! writable by root alone; an unknown key is an error, because a limit with a typo in it would be no limit.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, de};
+
+/// Ids in the range of one app, as the user namespaces of the instances have them.
+pub const IDS_PER_RANGE: u32 = 65_536;
+/// The largest node number: it is part of interface names and of the id block.
+pub const NODE_MAX: u16 = 127;
+/// No instance may be given more slots than this, however large the address block is.
+const SLOTS_MAX: u32 = 2_048;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("read {path}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(
+        "{path} belongs to uid {uid} with mode {mode:o}; it has to belong to root and be writable by root alone"
+    )]
+    Owner { path: PathBuf, uid: u32, mode: u32 },
+    #[error("{path} is not valid")]
+    Syntax {
+        path: PathBuf,
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    #[error("{path}: {key}: {why}")]
+    Value { path: PathBuf, key: &'static str, why: String },
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// 1 to [`NODE_MAX`]; every kernel object of this node carries it in its name.
+    pub node: u16,
+    /// The durable tables.
+    pub state_dir: PathBuf,
+    /// The folder with `jail/`, the control sockets of the monitors.
+    pub run_dir: PathBuf,
+    pub jail_binary: PathBuf,
+    pub unpack_binary: PathBuf,
+    /// The only uid beside 0 that may speak to the runner.
+    pub brain_uid: u32,
+    /// Whether the image `host` exists: the host's own /usr, for `epagent dev`.
+    #[serde(default)]
+    pub host_image: bool,
+    pub pool: Pool,
+    pub cgroup: Cgroup,
+    pub ids: Ids,
+    pub network: Network,
+    #[serde(default)]
+    pub build: Build,
+    #[serde(default)]
+    pub limits: Maxima,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(
+    untagged,
+    deny_unknown_fields,
+    expecting = "[pool] takes `mount`, `file` and `size`, or `path` alone"
+)]
+pub enum Pool {
+    /// A fully allocated loop file that is made when it is missing.
+    Loop { mount: PathBuf, file: PathBuf, size: Bytes },
+    /// A folder on a btrfs that exists.
+    Path { path: PathBuf },
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cgroup {
+    /// The subtree of all jails, below the mount of the cgroup file system.
+    pub root: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ids {
+    /// The first host id of this node's block. Range 0 of it is for jobs on images.
+    pub base: u32,
+    pub ranges: u16,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    pub v4: Block<Ipv4Addr>,
+    pub v6: Option<Block<Ipv6Addr>>,
+    /// Where name server queries of the instances go.
+    pub resolvers: Vec<IpAddr>,
+    /// Private destinations that instances may reach all the same: a company's proxy.
+    #[serde(default)]
+    pub allow: Vec<String>,
+}
+
+/// What builds get beside what their manifest says.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Build {
+    /// Certificate authorities that builds trust in place of the image's.
+    pub ca_bundle: Option<PathBuf>,
+    /// Proxies and package indexes; `MIRROR` is the Debian mirror images are made from.
+    pub env: BTreeMap<String, String>,
+    pub memory: Bytes,
+    /// What may be written to the tree of one release or image.
+    pub disk: Bytes,
+    pub deadline: Duration,
+    pub cpu: Percent,
+    pub pids: u32,
+}
+
+impl Default for Build {
+    fn default() -> Build {
+        Build {
+            ca_bundle: None,
+            env: BTreeMap::new(),
+            memory: Bytes(2 << 30),
+            disk: Bytes(4 << 30),
+            deadline: Duration { ms: 30 * 60 * 1000 },
+            cpu: Percent(200),
+            pids: 2_048,
+        }
+    }
+}
+
+/// The most one instance may be given, whatever a request says.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Maxima {
+    pub memory: Bytes,
+    pub cpu: Percent,
+    pub pids: u32,
+    pub nofile: u32,
+    pub disk: Bytes,
+    /// The largest volume.
+    pub volume: Bytes,
+}
+
+impl Default for Maxima {
+    fn default() -> Maxima {
+        Maxima {
+            memory: Bytes(64 << 30),
+            cpu: Percent(6_400),
+            pids: 16_384,
+            nofile: 262_144,
+            disk: Bytes(64 << 30),
+            volume: Bytes(4 << 40),
+        }
+    }
+}
+
+impl Config {
+    /// Reads and checks the file.
+    pub fn read(path: &Path) -> Result<Config, ConfigError> {
+        let read = |source| ConfigError::Read { path: path.to_owned(), source };
+        let facts = std::fs::metadata(path).map_err(read)?;
+        if facts.uid() != 0 || facts.mode() & 0o022 != 0 {
+            return Err(ConfigError::Owner {
+                path: path.to_owned(),
+                uid: facts.uid(),
+                mode: facts.mode() & 0o7777,
+            });
+        }
+        let text = std::fs::read_to_string(path).map_err(read)?;
+        let config: Config = toml::from_str(&text)
+            .map_err(|source| ConfigError::Syntax { path: path.to_owned(), source: Box::new(source) })?;
+        match config.fault() {
+            None => Ok(config),
+            Some((key, why)) => Err(ConfigError::Value { path: path.to_owned(), key, why }),
+        }
+    }
+
+    fn fault(&self) -> Option<(&'static str, String)> {
+        let root = &self.cgroup.root;
+        if !(1..=NODE_MAX).contains(&self.node) {
+            return Some(("node", format!("{} is not in 1..={NODE_MAX}", self.node)));
+        }
+        if root.is_empty()
+            || root.starts_with('/')
+            || root.split('/').any(|part| matches!(part, "" | "." | ".."))
+        {
+            return Some(("cgroup.root", format!("{root:?} is not a relative path without `..`")));
+        }
+        let last = u64::from(self.ids.base) + u64::from(self.ids.ranges) * u64::from(IDS_PER_RANGE);
+        if self.ids.base == 0 || !self.ids.base.is_multiple_of(IDS_PER_RANGE) || last >= u64::from(u32::MAX) {
+            return Some((
+                "ids.base",
+                format!("{} is not a multiple of {IDS_PER_RANGE} with room above", self.ids.base),
+            ));
+        }
+        if !(2..=1024).contains(&self.ids.ranges) {
+            return Some(("ids.ranges", "there have to be 2 to 1024 of them".to_owned()));
+        }
+        if !(16..=30).contains(&self.network.v4.len) {
+            return Some(("network.v4", "the block has to be a /16 to /30".to_owned()));
+        }
+        for (key, path) in [("state_dir", &self.state_dir), ("run_dir", &self.run_dir)] {
+            if !path.is_absolute() {
+                return Some((key, format!("{} is not an absolute path", path.display())));
+            }
+        }
+        None
+    }
+
+    /// How many jails can have an address at once: each has a /31 of the block.
+    pub fn slots(&self) -> u32 {
+        (1u32 << (31 - u32::from(self.network.v4.len))).min(SLOTS_MAX)
+    }
+
+    /// The first host id of one range; `range` is below `ids.ranges`.
+    pub fn range_base(&self, range: u16) -> u32 {
+        self.ids.base + u32::from(range) * IDS_PER_RANGE
+    }
+
+    /// The folder of the monitors' control sockets.
+    pub fn jail_sockets(&self) -> PathBuf {
+        self.run_dir.join("jail")
+    }
+}
+
+/// A block of addresses, `100.96.48.0/20`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Block<A> {
+    pub base: A,
+    pub len: u8,
+}
+
+/// A size in bytes; in text a number with `K`, `M`, `G` or `T` (powers of 1024), or without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes(pub u64);
+
+/// A share of one processor; in text `150%`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Percent(pub u32);
+
+/// A time span; in text a number with `ms`, `s`, `m` or `h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Duration {
+    pub ms: u64,
+}
+
+fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let (_, scale) = units.iter().find(|(name, _)| *name == unit)?;
+    number.parse::<u64>().ok()?.checked_mul(*scale)
+}
+
+impl FromStr for Bytes {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Bytes, String> {
+        let units = [("", 1), ("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40)];
+        scaled(text, &units)
+            .map(Bytes)
+            .ok_or_else(|| format!("{text:?} is not a size like \"512M\" or \"2G\""))
+    }
+}
+
+impl FromStr for Percent {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Percent, String> {
+        let share =
+            scaled(text, &[("%", 1)]).and_then(|share| u32::try_from(share).ok()).filter(|share| *share > 0);
+        share.map(Percent).ok_or_else(|| format!("{text:?} is not a share of a processor like \"150%\""))
+    }
+}
+
+impl FromStr for Duration {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Duration, String> {
+        let units = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
+        let ms = scaled(text, &units).filter(|ms| *ms > 0);
+        ms.map(|ms| Duration { ms })
+            .ok_or_else(|| format!("{text:?} is not a time span like \"90s\" or \"30m\""))
+    }
+}
+
+impl<A: FromStr> FromStr for Block<A> {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Block<A>, String> {
+        let parts =
+            text.split_once('/').and_then(|(base, len)| Some((base.parse().ok()?, len.parse().ok()?)));
+        parts
+            .map(|(base, len)| Block { base, len })
+            .ok_or_else(|| format!("{text:?} is not a block like ADDRESS/LENGTH"))
+    }
+}
+
+macro_rules! deserialize_from_text {
+    ($($type:ty),*) => {$(
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+            }
+        }
+    )*};
+}
+
+deserialize_from_text!(Bytes, Percent, Duration, Block<Ipv4Addr>, Block<Ipv6Addr>);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes if bytes >= 1 << 30 => write!(f, "{} GiB", bytes >> 30),
+            bytes if bytes >= 1 << 20 => write!(f, "{} MiB", bytes >> 20),
+            bytes => write!(f, "{bytes} bytes"),
+        }
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    pub const EXAMPLE: &str = r#"
+node = 3
+state_dir = "/d/runner"
+run_dir = "/d/run"
+jail_binary = "/d/epagent-jail"
+unpack_binary = "/d/epagent-unpack"
+brain_uid = 60612
+host_image = true
+[pool]
+mount = "/d/pool"
+file = "/d/pool.img"
+size = "6G"
+[cgroup]
+root = "epagent-3"
+[ids]
+base = 2197815296
+ranges = 256
+[network]
+v4 = "100.96.48.0/20"
+v6 = "fd65:7061:6765:3::/64"
+resolvers = ["10.0.0.53"]
+allow = []
+[build]
+env = { PIP_INDEX_URL = "https://index.example/simple" }
+memory = "2G"
+disk = "4G"
+deadline = "30m"
+cpu = "200%"
+"#;
+
+    pub fn example() -> Config {
+        toml::from_str(EXAMPLE).unwrap()
+    }
+
+    #[test]
+    fn the_documented_file_is_valid() {
+        let config = example();
+        assert!(config.fault().is_none(), "{:?}", config.fault());
+        assert_eq!(config.slots(), 2048);
+        assert_eq!(config.build.deadline.ms, 1_800_000);
+        assert!(matches!(config.pool, Pool::Loop { size: Bytes(size), .. } if size == 6 << 30));
+        assert_eq!(config.range_base(1), 2197815296 + 65536);
+    }
+
+    #[test]
+    fn a_pool_is_a_loop_file_or_a_path() {
+        let path = "path = \"/srv/pool\"";
+        let both = "path = \"/srv/pool\"\nsize = \"1G\"";
+        assert!(matches!(toml::from_str(path), Ok(Pool::Path { .. })));
+        assert!(toml::from_str::<Pool>(both).is_err());
+    }
+
+    #[test]
+    fn bad_values_and_unknown_keys_are_refused() {
+        for (from, to) in [
+            ("node = 3", "node = 0"),
+            ("node = 3", "node = 128"),
+            ("node = 3", "node = 3\nnodes = 4"),
+            ("root = \"epagent-3\"", "root = \"../epagent-3\""),
+            ("base = 2197815296", "base = 0"),
+            ("base = 2197815296", "base = 65537"),
+            ("ranges = 256", "ranges = 1"),
+            ("memory = \"2G\"", "memory = \"2X\""),
+            ("cpu = \"200%\"", "cpu = \"200\""),
+            ("deadline = \"30m\"", "deadline = \"soon\""),
+            ("/20\"", "/8\""),
+            ("state_dir = \"/d", "state_dir = \"d"),
+        ] {
+            let text = EXAMPLE.replacen(from, to, 1);
+            assert_ne!(text, EXAMPLE);
+            let fault = toml::from_str::<Config>(&text).map(|config| config.fault());
+            assert!(!matches!(fault, Ok(None)), "{to:?} was accepted");
+        }
+    }
+}

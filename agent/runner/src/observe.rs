@@ -1,0 +1,148 @@
+//! The answer to [`Observe`](epagent_wire::runner::Request::Observe): the tables, with figures from the pool.
+//!
+//! What exists is in the tables and always current. How much it uses has to be looked up on the pool, by a child, and is
+//! at most [`FIGURES_AGE_MAX`] old; all who ask meanwhile wait for the same look.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use epagent_isolation::cgroup::CgroupRoot;
+use epagent_storage::{Pool as StoragePool, QuotaMode};
+use epagent_wire::runner::{Feature, Image, Jail, Pool, Refusal, RefusalCode, Release, Reply, Volume, World};
+
+use crate::jobs::HOST_IMAGE;
+use crate::peers::To;
+use crate::server::{Server, Task};
+use crate::tables::address;
+use crate::work::{Outcome, Survey, Work};
+
+pub const FIGURES_AGE_MAX: Duration = Duration::from_secs(2);
+/// Calls that wait for one look.
+const WAITING_MAX: usize = 64;
+
+/// What was last seen on the pool, and who waits for the next look.
+#[derive(Debug)]
+pub struct Figures {
+    survey: Survey,
+    seen: Option<Instant>,
+    looking: bool,
+    waiting: Vec<To>,
+    features: Vec<Feature>,
+}
+
+impl Figures {
+    pub fn new(pool: &StoragePool, cgroups: &CgroupRoot) -> Figures {
+        let facts = pool.facts();
+        let features = vec![
+            Feature {
+                name: "simple quotas (Linux 6.7)".to_owned(),
+                present: facts.quota_mode == QuotaMode::Simple,
+                fallback: "ordinary quota groups".to_owned(),
+            },
+            Feature {
+                name: "cgroup v2 with controllers".to_owned(),
+                present: cgroups.layout() == "v2",
+                fallback: "limits by v1 controllers, everything else by v2".to_owned(),
+            },
+        ];
+        Figures { survey: Survey::default(), seen: None, looking: false, waiting: Vec::new(), features }
+    }
+}
+
+impl Server {
+    pub fn observe(&mut self, to: To) {
+        if self.figures.seen.is_some_and(|seen| seen.elapsed() < FIGURES_AGE_MAX) {
+            let world = self.world();
+            return self.answer(to, Ok(Reply::World(Box::new(world))));
+        }
+        if self.figures.waiting.len() >= WAITING_MAX {
+            let message = format!("{WAITING_MAX} calls wait for the figures of the pool already");
+            return self.answer(to, Err(Refusal { code: RefusalCode::Exhausted, message }));
+        }
+        self.figures.waiting.push(to);
+        if !self.figures.looking {
+            self.figures.looking = true;
+            self.admit(Task::Own { work: Work::Survey, keys: Vec::new() });
+        }
+    }
+
+    /// A failed look leaves the old figures: the world is worth more than they.
+    pub fn surveyed(&mut self, result: Result<Outcome, Refusal>) {
+        match result {
+            Ok(Outcome::Survey(survey)) => {
+                self.figures.survey = *survey;
+                self.figures.seen = Some(Instant::now());
+            }
+            Ok(_) => {}
+            Err(refusal) => eprintln!("epagent-runner: {}", refusal.message),
+        }
+        self.figures.looking = false;
+        for to in std::mem::take(&mut self.figures.waiting) {
+            let world = self.world();
+            self.answer(to, Ok(Reply::World(Box::new(world))));
+        }
+    }
+
+    fn world(&self) -> World {
+        let (tables, survey) = (&self.tables, &self.figures.survey);
+        let images: BTreeMap<_, _> =
+            survey.images.iter().map(|(id, used, made)| (id, (*used, *made))).collect();
+        let releases: BTreeMap<_, u64> = survey
+            .releases
+            .iter()
+            .map(|(app, release, used)| ((app.as_str(), release.as_str()), *used))
+            .collect();
+        let volumes: BTreeMap<_, u64> = survey
+            .volumes
+            .iter()
+            .map(|(app, volume, used)| ((app.as_str(), volume.as_str()), *used))
+            .collect();
+        World {
+            apps: tables.apps.keys().cloned().collect(),
+            jails: tables.jails.values().map(|jail| self.show(jail)).collect(),
+            images: (tables.images.iter())
+                .filter(|(name, _)| self.config.host_image || name.as_str() != HOST_IMAGE)
+                .map(|(name, id)| {
+                    let (bytes, created_at_ms) = images.get(id).copied().unwrap_or_default();
+                    Image { name: name.clone(), id: id.to_string(), bytes, created_at_ms }
+                })
+                .collect(),
+            releases: (tables.releases.values())
+                .map(|record| {
+                    let number = record.release.to_string();
+                    let bytes = releases.get(&(record.app.as_str(), number.as_str())).copied().unwrap_or(0);
+                    Release { app: record.app.clone(), release: record.release, sealed: record.sealed, bytes }
+                })
+                .collect(),
+            volumes: (tables.volumes.iter())
+                .map(|((app, volume), quota_bytes)| Volume {
+                    app: app.clone(),
+                    volume: volume.clone(),
+                    quota_bytes: *quota_bytes,
+                    used_bytes: volumes.get(&(app.as_str(), volume.as_str())).copied().unwrap_or(0),
+                })
+                .collect(),
+            pool: Pool {
+                total_bytes: survey.pool_total_bytes,
+                used_bytes: survey.pool_used_bytes,
+                reserve_bytes: survey.pool_reserve_bytes,
+            },
+            logs: tables.logs.clone(),
+            features: self.figures.features.clone(),
+        }
+    }
+
+    fn show(&self, jail: &crate::tables::Jail) -> Jail {
+        let record = &jail.record;
+        Jail {
+            id: record.jail.clone(),
+            app: record.app.clone(),
+            release: record.release,
+            purpose: record.purpose.clone(),
+            state: jail.state(),
+            pid: jail.pid(),
+            address: address(&self.config, record),
+            started_at_ms: jail.started_at_ms(),
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Before the loop: opening everything, and finding the world as a killed runner left it.
+//!
+//! ```text
+//!  records + pool + cgroups
+//!     │  intents without an object ........ undone
+//!     │  objects without a record ......... removed (roots, staging areas, cgroups, veths)
+//!     │  both, and the monitor lives ...... connected to again
+//!     └  both, and the monitor is gone .... killed what is left, told as lost
+//! ```
+//!
+//! This is the one time at which the runner waits for disks: nobody is being served yet, and what runs, runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+
+use epagent_isolation::cgroup::CgroupRoot;
+use epagent_isolation::net::{self, FirewallConfig};
+use epagent_isolation::sweep::{self, Found};
+use epagent_storage::{Allocation, Location, Pool, PoolConfig};
+use epagent_wire::name::{AppName, JailId, ReleaseNumber};
+use epagent_wire::runner::Exit;
+
+use crate::config::{self, Config};
+use crate::disk::{Disk, Records};
+use crate::launch::{Binaries, Sockets};
+use crate::requests::keys::{Hold, Key};
+use crate::server::{Parts, Server, Task};
+use crate::skeleton;
+use crate::tables::{Jail, JailRecord, Phase, ReleaseRecord, Tables};
+use crate::work::{Discard, Site, Work, WorkError, instance_id, perform};
+
+/// How long a predecessor's last child may hold the pool.
+const LOCK_WAIT_MS: u64 = 10_000;
+
+pub fn pool_config(config: &Config) -> PoolConfig {
+    let pool = match &config.pool {
+        config::Pool::Loop { mount, file, size } => PoolConfig::loop_file(file, mount, size.0),
+        config::Pool::Path { path } => PoolConfig::existing(path),
+    };
+    debug_assert!(!matches!(&pool.location, Location::LoopFile { allocation: Allocation::Sparse, .. }));
+    PoolConfig { lock_wait_ms: LOCK_WAIT_MS, ..pool }
+}
+
+/// Opens all there is and sorts out what was left half done.
+pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
+    let disk = Disk::open(&config.state_dir)?;
+    let records = disk.read()?;
+    let binaries = Binaries::open(&config)?;
+    let sockets = Sockets::open(&config.jail_sockets())?;
+    let pool = Pool::open_or_create(&pool_config(&config))?;
+    let cgroups = CgroupRoot::open(&config.cgroup.root)?;
+    net::install_firewall(&FirewallConfig {
+        node: config.node,
+        resolvers: config.network.resolvers.clone(),
+        allowed: config.network.allow.clone(),
+    })?;
+    net::enable_forwarding(config.node)?;
+    skeleton::ensure(&pool)?;
+
+    let boot = boot_id()?;
+    let mut live = pool.live_set()?;
+    let found = sweep::survey(&cgroups)?;
+    let site = Site { pool: &pool, disk: &disk, cgroups: &cgroups, sockets: sockets.path() };
+    let tables = tables(records, &found, &boot, &site)?;
+    live.staging = staging_in_use(&tables);
+    live.instances = tables.jails.keys().filter_map(|jail| instance_id(jail).ok()).collect();
+    for found in found.iter().filter(|found| !is_known(&tables, found)) {
+        sweep::remove(&cgroups, &found.id)?;
+    }
+    let swept = pool.sweep(&live)?;
+    for line in swept.finished.iter().chain(&swept.undone).chain(&swept.orphans).chain(&swept.failed) {
+        eprintln!("epagent-runner: pool: {line}");
+    }
+    let slots: Vec<u32> = tables.jails.values().filter_map(|jail| jail.record.slot).collect();
+    net_links(config.node, &slots)?;
+    Ok(Parts { config, tables, disk, pool, cgroups, binaries, sockets, boot, listener })
+}
+
+fn net_links(node: u16, keep: &[u32]) -> Result<(), WorkError> {
+    for link in sweep::remove_links(node, keep)? {
+        eprintln!("epagent-runner: removed interface {link}, which no jail has");
+    }
+    Ok(())
+}
+
+fn boot_id() -> Result<String, WorkError> {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|text| text.trim().to_owned())
+        .map_err(|source| WorkError::Call { operation: "read the kernel's boot id", source })
+}
+
+fn is_known(tables: &Tables, found: &Found) -> bool {
+    found.id.as_str().parse::<JailId>().is_ok_and(|jail| tables.jails.contains_key(&jail))
+}
+
+/// The tables as records and pool have them together; records of what never came to be are removed.
+fn tables(records: Records, found: &[Found], boot: &str, site: &Site<'_>) -> Result<Tables, WorkError> {
+    let mut tables = Tables::default();
+    records.apps.into_iter().for_each(|record| tables.insert_app(record));
+    for image in site.pool.image_list()?.into_iter().filter(|image| image.current) {
+        if let Ok(name) = image.id.name.as_str().parse() {
+            tables.images.insert(name, image.id);
+        }
+    }
+    for volume in site.pool.volume_list()? {
+        if let (Ok(app), Ok(name)) = (volume.app.as_str().parse(), volume.name.as_str().parse()) {
+            tables.volumes.insert((app, name), volume.usage.limit_bytes);
+        }
+    }
+    for log in site.pool.log_dir_list()? {
+        tables.logs.extend(log.instance.as_str().parse::<JailId>());
+    }
+    releases(records.releases, &mut tables, site)?;
+    let launched: BTreeSet<&str> = found.iter().map(|found| found.id.as_str()).collect();
+    for record in records.jails {
+        if record.boot == boot && !launched.contains(record.jail.as_str()) && record.concluded.is_none() {
+            // The runner was killed before it launched it; nobody was told of it. Whoever asked asks again.
+            perform(&Work::Discard(Discard::of(&record)), site)?;
+        } else {
+            tables.insert_jail(Jail::new(record.clone(), phase(&record, boot)));
+        }
+    }
+    Ok(tables)
+}
+
+fn phase(record: &JailRecord, boot: &str) -> Phase {
+    match &record.concluded {
+        Some(exit) => Phase::Exited { exit: exit.clone(), started_at_ms: None },
+        None if record.boot == boot => Phase::Starting,
+        // The machine was started anew since.
+        None => Phase::Exited { exit: lost(), started_at_ms: None },
+    }
+}
+
+fn lost() -> Exit {
+    Exit { monitor_lost: true, at_ms: crate::now_ms(), ..Exit::default() }
+}
+
+/// A release is as its tree is: sealing and removing change the tree first and the record after.
+fn releases(records: Vec<ReleaseRecord>, tables: &mut Tables, site: &Site<'_>) -> Result<(), WorkError> {
+    let mut trees: BTreeMap<(AppName, ReleaseNumber), ()> = BTreeMap::new();
+    for tree in site.pool.release_list()? {
+        if let (Ok(app), Ok(release)) = (tree.app.as_str().parse(), tree.release.as_str().parse()) {
+            trees.insert((app, release), ());
+        }
+    }
+    for mut record in records {
+        let is_sealed = trees.remove(&(record.app.clone(), record.release)).is_some();
+        let is_staged = !is_sealed && site.pool.staging_open(&record.staging()).is_ok();
+        if !is_sealed && !is_staged {
+            site.disk.remove_release(&record.app, record.release)?;
+            continue;
+        }
+        if is_sealed != record.sealed {
+            record.sealed = is_sealed;
+            site.disk.put_release(&record)?;
+        }
+        tables.insert_release(record);
+    }
+    for (app, release) in trees.keys() {
+        eprintln!(
+            "epagent-runner: the pool has release {release} of {app}, of which there is no record; it is left alone"
+        );
+    }
+    Ok(())
+}
+
+fn staging_in_use(tables: &Tables) -> BTreeSet<epagent_storage::StagingId> {
+    let releases = tables.releases.values().filter(|record| !record.sealed).map(ReleaseRecord::staging);
+    let jobs = tables.jails.values().map(|jail| &jail.record);
+    let jobs = jobs
+        .filter(|job| job.makes_image().is_some() && job.concluded.is_none())
+        .map(JailRecord::image_staging);
+    releases.chain(jobs).collect()
+}
+
+impl Server {
+    /// Connects to the monitors that live; the others are lost.
+    pub fn reattach(&mut self) {
+        let starting = self.tables.jails.iter().filter(|(_, jail)| jail.phase == Phase::Starting);
+        for jail in starting.map(|(jail, _)| jail.clone()).collect::<Vec<_>>() {
+            self.reconnect(&jail);
+        }
+        self.drop_trees_of_lost_jobs();
+    }
+
+    /// Trees of image jobs that ended with the machine.
+    fn drop_trees_of_lost_jobs(&mut self) {
+        let jails = self.tables.jails.values();
+        let lost = jails
+            .filter(|jail| jail.record.concluded.is_none() && matches!(jail.phase, Phase::Exited { .. }));
+        let work: Vec<_> = lost
+            .filter_map(|jail| {
+                let image = jail.record.makes_image()?.clone();
+                let job = JailRecord { concluded: Some(lost_exit(jail)), ..jail.record.clone() };
+                Some((
+                    Key::Image(image.clone()),
+                    Work::ImageConclude { job, image, publish: false, in_use: BTreeSet::new() },
+                ))
+            })
+            .collect();
+        for (key, work) in work {
+            self.admit(Task::Own { work, keys: vec![(key, Hold::Exclusive)] });
+        }
+    }
+}
+
+fn lost_exit(jail: &Jail) -> Exit {
+    match &jail.phase {
+        Phase::Exited { exit, .. } => exit.clone(),
+        _ => lost(),
+    }
+}
