@@ -211,13 +211,16 @@ impl Core {
             let stopping = self.stopping;
             if let Some(http) = sock.http() {
                 body_done = http.body_done();
-                http.request = None;
+                let asked_to_close = http.request.take().is_some_and(|request| !request.keep_alive);
                 http.idle_since = now;
                 if body_done && client_keep_alive && !stopping {
                     http.phase = Phase::Head;
                 } else {
+                    // One that did not expect the end may have said more, and closing on unread bytes is a
+                    // reset, which can destroy the response on its way.
+                    let silent = body_done && asked_to_close && http.inbuf.is_empty();
                     http.phase = Phase::Done;
-                    sock.finish = if body_done { Finish::Close } else { Finish::Linger { until: None } };
+                    sock.finish = if silent { Finish::Close } else { Finish::Linger { until: None } };
                 }
             }
         }

@@ -89,7 +89,12 @@ pub fn plan(head: &ResponseHead<'_>, asked: Asked) -> Result<ResponsePlan, HeadE
         (true, Some(_)) => return Err(HeadError::BodyLength),
     };
     let unchunk = facts.chunked && asked.version == Version::Http10;
+    // A HEAD response that announces no length comes from a server that would end the body by closing, and
+    // may close now.
+    let unannounced = !facts.chunked && facts.length.is_none();
+    let lengthless_head = asked.is_head && unannounced && !matches!(head.status, 204 | 304);
     let upstream_keep_alive = body != Body::UntilClose
+        && !lengthless_head
         && match head.version {
             Version::Http11 => !facts.close,
             Version::Http10 => facts.keep_alive && !facts.close,

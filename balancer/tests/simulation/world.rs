@@ -1,0 +1,537 @@
+//! The network and the door. Each batch brings a random part of what could have happened.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::rc::Rc;
+
+use epagent_balancer::core::chunk::{Chunk, SharedBuffer};
+use epagent_balancer::core::config::Config;
+use epagent_balancer::core::engine::{Core, ListenerKind};
+use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
+use epagent_balancer::table::Table;
+
+use crate::actors::{AppConn, Client, Rng};
+
+const LISTENER: ListenerId = ListenerId(0);
+const APPS: usize = 4;
+const CLIENTS: usize = 8;
+/// More steps than any run needs; reaching it means something is stuck.
+const STEPS_MAX: u64 = 200_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Calm,
+    Deploys,
+    Crashes,
+}
+
+/// One TCP connection, seen from the far side.
+#[derive(Default)]
+struct Conn {
+    to_core: VecDeque<u8>,
+    to_core_fin: bool,
+    to_far: VecDeque<u8>,
+    to_far_fin: bool,
+    /// How much `to_far` may hold.
+    window: usize,
+    reset: bool,
+    core_closed: bool,
+    /// The far side does nothing more.
+    hung_up: bool,
+}
+
+enum Far {
+    Client(usize),
+    App { app: usize, conn: AppConn },
+}
+
+/// A socket as the door has it.
+struct DoorSock {
+    conn: usize,
+    recv: Option<RecvMode>,
+    stopping: bool,
+    waiting_send: Option<Vec<Chunk>>,
+    /// A send that does not wait, whose completion comes with the next batch.
+    trying: bool,
+}
+
+struct App {
+    listening: bool,
+    state: &'static str,
+}
+
+/// A lent buffer; counts itself.
+struct Lent {
+    bytes: Vec<u8>,
+    live: Rc<Cell<usize>>,
+}
+
+impl SharedBuffer for Lent {
+    fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.live.set(self.live.get() - 1);
+    }
+}
+
+pub struct World {
+    rng: Rng,
+    mode: Mode,
+    core: Core,
+    now: u64,
+    version: u64,
+    holding: bool,
+    apps: Vec<App>,
+    clients: Vec<Client>,
+    conns: Vec<(Conn, Far)>,
+    socks: BTreeMap<SockId, DoorSock>,
+    ready: Vec<Completion>,
+    accepting: bool,
+    stop_accept: bool,
+    unadopted: HashMap<i32, usize>,
+    live: Rc<Cell<usize>>,
+    served: HashMap<u64, u32>,
+}
+
+impl World {
+    pub fn new(seed: u64, mode: Mode) -> Self {
+        let mut rng = Rng(seed);
+        let apps = (0..APPS).map(|_| App { listening: true, state: "up" }).collect();
+        let hosts = ["a.example", "b.example", "x.wild.example"];
+        let clients = (0..CLIENTS).map(|n| Client::new(&mut rng, 100 * n as u64, &hosts)).collect();
+        let config = Config { connections_max: 1 + rng.below(12), ..Config::default() };
+        let mut world = Self {
+            rng,
+            mode,
+            core: Core::new(config),
+            now: 1,
+            version: 0,
+            holding: false,
+            apps,
+            clients,
+            conns: Vec::new(),
+            socks: BTreeMap::new(),
+            ready: Vec::new(),
+            accepting: false,
+            stop_accept: false,
+            unadopted: HashMap::new(),
+            live: Rc::default(),
+            served: HashMap::new(),
+        };
+        world.push_table();
+        world.core.add_listener(LISTENER, ListenerKind::Http);
+        for client in 0..CLIENTS {
+            world.dial(client);
+        }
+        world
+    }
+
+    pub fn run(mut self) {
+        let mut pending_accepts: VecDeque<usize> = (0..CLIENTS).collect();
+        for step in 0.. {
+            assert!(step < STEPS_MAX, "stuck: {}", self.picture());
+            self.all_act(&mut pending_accepts);
+            if self.mode != Mode::Calm && self.rng.one_in(40) {
+                self.change_the_world();
+            }
+            self.now += if self.rng.one_in(4) { self.rng.below(60) } else { 0 };
+            self.batch(&mut pending_accepts);
+            if self.clients.iter().all(|client| client.vanished || client.is_done())
+                && self.all_clients_gone()
+            {
+                break;
+            }
+        }
+        self.check_answers();
+        self.wind_down(&mut pending_accepts);
+    }
+
+    /// Clients that are done hang up; the run is over when the core has seen it.
+    fn all_clients_gone(&self) -> bool {
+        self.conns.iter().all(|(conn, far)| !matches!(far, Far::Client(_)) || conn.core_closed)
+    }
+
+    fn check_answers(&self) {
+        for client in &self.clients {
+            if self.mode != Mode::Crashes {
+                assert!(client.is_done(), "unanswered: {:?}", client.waiting.front().map(|asked| asked.id));
+                for (id, status) in &client.answered {
+                    assert!(matches!(status, 200 | 204), "request {id} got {status}");
+                }
+            }
+            for (id, status) in &client.answered {
+                assert!(matches!(status, 200 | 204 | 502 | 503), "request {id} got {status}");
+            }
+        }
+        for (id, times) in &self.served {
+            assert!(*times == 1, "request {id} must not be repeated, and was served {times} times");
+        }
+    }
+
+    /// With the clients gone, only idle connections may be left, and those not for long.
+    fn wind_down(mut self, accepts: &mut VecDeque<usize>) {
+        for _ in 0..200 {
+            self.now += 100;
+            self.all_act(accepts);
+            self.batch(accepts);
+        }
+        assert_eq!(self.core.socket_count(), 0, "sockets are left open");
+        let snapshot = self.core.snapshot(self.now);
+        for upstream in &snapshot.upstreams {
+            let busy = (upstream.active_requests, upstream.active_connections, upstream.idle_connections);
+            assert_eq!(busy, (0, 0, 0), "{} still counts something", upstream.id);
+        }
+        assert!(snapshot.routes.iter().all(|route| route.held == 0), "something is still held");
+        assert_eq!((snapshot.counters.connections_open, snapshot.counters.upstream_connections_open), (0, 0));
+        drop(std::mem::take(&mut self.ready));
+        self.socks.clear();
+        assert_eq!(self.live.get(), 0, "lent buffers were not given back");
+    }
+
+    fn push_table(&mut self) {
+        self.version += 1;
+        let upstreams: Vec<String> = (0..APPS)
+            .map(|n| {
+                format!(r#"{{"id":"app{n}","address":"10.0.0.{n}:80","state":"{}"}}"#, self.apps[n].state)
+            })
+            .collect();
+        let proxy = format!(r#"{{"proxy":{{"upstreams":[{}]}}}}"#, upstreams.join(","));
+        let action = if self.holding { r#"{"hold":{}}"#.to_owned() } else { proxy.clone() };
+        let text = format!(
+            r#"{{"version":{},"routes":[
+              {{"id":"a","match":{{"host":"a.example"}},"action":{action}}},
+              {{"id":"b","match":{{"host":"b.example"}},"action":{proxy}}},
+              {{"id":"w","match":{{"host":"*.wild.example"}},"action":{proxy}}}]}}"#,
+            self.version
+        );
+        let table: Table = serde_json::from_str(&text).expect("a table");
+        table.validate().expect("a valid table");
+        self.core.set_table(self.now, &table);
+    }
+
+    /// A deploy step or a crash.
+    fn change_the_world(&mut self) {
+        let app = self.rng.below(APPS as u64) as usize;
+        match self.rng.below(if self.mode == Mode::Crashes { 5 } else { 4 }) {
+            0 => self.holding = !self.holding && self.rng.one_in(2),
+            1 => self.apps[app].state = "up",
+            2 => self.apps[app].state = ["draining", "down"][self.rng.below(2) as usize],
+            // A restart: nothing listens for a while. Without crashes, only of an app that has drained.
+            3 => {
+                let empty = !self.has_work(app);
+                self.apps[app].listening = !(self.apps[app].listening && empty);
+            }
+            _ => {
+                self.apps[app].listening = self.rng.one_in(2);
+                for (conn, far) in &mut self.conns {
+                    if matches!(far, Far::App { app: owner, .. } if *owner == app) && self.rng.one_in(2) {
+                        conn.reset = true;
+                    }
+                }
+            }
+        }
+        // Something comes back before long, or every request would only age out.
+        if self.apps.iter().all(|app| app.state != "up" || !app.listening) {
+            self.apps[app] = App { listening: true, state: "up" };
+        }
+        self.push_table();
+    }
+
+    fn has_work(&self, app: usize) -> bool {
+        let of_app = |far: &Far| matches!(far, Far::App { app: owner, .. } if *owner == app);
+        self.conns.iter().any(|(conn, far)| of_app(far) && !conn.core_closed)
+    }
+
+    /// One client or app does some of what it could do.
+    /// Returns the client that wants a new connection.
+    fn far_acts(&mut self, at: usize) -> Option<usize> {
+        let crashes = self.mode == Mode::Crashes;
+        let (rng, (conn, far)) = (&mut self.rng, &mut self.conns[at]);
+        if conn.hung_up || !rng.one_in(2) {
+            return None;
+        }
+        let count = match rng.below(3) {
+            0 => rng.below(50) as usize,
+            _ => rng.below(200_000) as usize,
+        };
+        let taken: Vec<u8> = conn.to_far.drain(..count.min(conn.to_far.len())).collect();
+        let over = conn.reset || (conn.to_far_fin && conn.to_far.is_empty());
+        match far {
+            Far::Client(n) => {
+                let client = &mut self.clients[*n];
+                client.incoming.extend_from_slice(&taken);
+                client.read(over && !conn.reset);
+                if crashes && rng.one_in(300) {
+                    (client.vanished, conn.reset) = (true, true);
+                }
+                if client.told_to_close || over || conn.reset {
+                    let left = !client.is_done() && !client.vanished;
+                    assert!(crashes || !left || client.told_to_close, "client {n} was cut off");
+                    // A request that may have been carried out is not for a client to repeat.
+                    client.vanished |= left && !client.told_to_close;
+                    conn.to_core_fin = true;
+                    conn.hung_up = true;
+                    if left && client.told_to_close {
+                        client.reconnect();
+                        return Some(*n);
+                    }
+                    return None;
+                }
+                client.go_on();
+                let count = (rng.below(100_000) as usize).min(client.outgoing.len());
+                conn.to_core.extend(client.outgoing.drain(..count));
+                let said_all = client.todo.is_empty() && client.outgoing.is_empty();
+                if client.is_done() || (client.half_closes && said_all) {
+                    conn.to_core_fin = true;
+                }
+            }
+            Far::App { conn: app_conn, .. } => {
+                if conn.reset {
+                    conn.hung_up = true;
+                    return None;
+                }
+                app_conn.incoming.extend_from_slice(&taken);
+                for (id, repeatable) in app_conn.serve(rng) {
+                    if !repeatable {
+                        *self.served.entry(id).or_default() += 1;
+                    }
+                }
+                let count = (rng.below(100_000) as usize).min(app_conn.outgoing.len());
+                conn.to_core.extend(app_conn.outgoing.drain(..count));
+                if over || (app_conn.closes_after_this && app_conn.outgoing.is_empty()) {
+                    conn.to_core_fin = true;
+                    conn.hung_up = over;
+                }
+            }
+        }
+        None
+    }
+
+    fn all_act(&mut self, accepts: &mut VecDeque<usize>) {
+        for at in 0..self.conns.len() {
+            if let Some(client) = self.far_acts(at) {
+                accepts.push_back(self.dial(client));
+            }
+        }
+    }
+
+    /// A new connection of a client.
+    fn dial(&mut self, client: usize) -> usize {
+        let window = 1 + self.rng.below(100_000) as usize;
+        self.conns.push((Conn { window, ..Conn::default() }, Far::Client(client)));
+        self.conns.len() - 1
+    }
+
+    fn batch(&mut self, accepts: &mut VecDeque<usize>) {
+        let mut groups: Vec<Vec<Completion>> = self.ready.drain(..).map(|one| vec![one]).collect();
+        self.accept_some(accepts, &mut groups);
+        let ids: Vec<SockId> = self.socks.keys().copied().collect();
+        for id in ids {
+            let mut group = Vec::new();
+            self.complete_send(id, &mut group);
+            self.complete_recv(id, &mut group);
+            groups.push(group);
+        }
+        self.rng.shuffle(&mut groups);
+        for completion in groups.into_iter().flatten() {
+            self.core.handle(self.now, completion);
+        }
+        self.core.finish_batch(self.now);
+        let ops: Vec<Op> = self.core.ops().drain(..).collect();
+        for op in ops {
+            self.apply(op);
+        }
+        let trying = self.socks.values().filter(|sock| sock.trying).count();
+        assert!(trying > 0 || self.live.get() == 0, "{} lent buffers are kept", self.live.get());
+    }
+
+    fn accept_some(&mut self, accepts: &mut VecDeque<usize>, groups: &mut Vec<Vec<Completion>>) {
+        let mut group = Vec::new();
+        while self.accepting && self.rng.one_in(2) {
+            let Some(conn) = accepts.pop_front() else { break };
+            self.unadopted.insert(conn as i32, conn);
+            let peer = Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, conn as u8)));
+            group.push(Completion::Accepted { listener: LISTENER, raw: RawSocket(conn as i32), peer });
+        }
+        let failed = self.accepting && self.rng.one_in(200);
+        if self.stop_accept || failed {
+            (self.accepting, self.stop_accept) = (false, false);
+            let error = failed.then_some(Errno(libc::EMFILE));
+            group.push(Completion::AcceptEnded { listener: LISTENER, error });
+        }
+        groups.push(group);
+    }
+
+    fn complete_recv(&mut self, id: SockId, group: &mut Vec<Completion>) {
+        let Some(sock) = self.socks.get_mut(&id) else { return };
+        let (rng, conn) = (&mut self.rng, &mut self.conns[sock.conn].0);
+        let Some(mode) = sock.recv else { return };
+        if !rng.one_in(2) && !sock.stopping {
+            return;
+        }
+        let mut end = None;
+        for _ in 0..1 + rng.below(8) {
+            if conn.reset || conn.to_core.is_empty() {
+                break;
+            }
+            if rng.one_in(30) {
+                end = Some(RecvEnd::NoBuffers);
+                break;
+            }
+            let most = if rng.one_in(3) { 20 } else { 16_384 };
+            let size = 1 + rng.below(most) as usize;
+            let bytes: Vec<u8> = conn.to_core.drain(..size.min(conn.to_core.len())).collect();
+            self.live.set(self.live.get() + 1);
+            let chunk = Chunk::shared(Rc::new(Lent { bytes, live: self.live.clone() }));
+            group.push(Completion::Received { sock: id, chunk });
+            if mode == RecvMode::Once || rng.one_in(30) {
+                end = Some(RecvEnd::Ended);
+                break;
+            }
+        }
+        if end.is_none() {
+            if conn.reset {
+                end = Some(RecvEnd::Failed(Errno(libc::ECONNRESET)));
+            } else if conn.to_core_fin && conn.to_core.is_empty() {
+                end = Some(RecvEnd::Eof);
+            } else if sock.stopping {
+                end = Some(RecvEnd::Ended);
+            }
+        }
+        if let Some(why) = end {
+            (sock.recv, sock.stopping) = (None, false);
+            group.push(Completion::RecvEnded { sock: id, why });
+        }
+    }
+
+    fn complete_send(&mut self, id: SockId, group: &mut Vec<Completion>) {
+        let Some(sock) = self.socks.get_mut(&id) else { return };
+        sock.trying = false;
+        let (rng, conn) = (&mut self.rng, &mut self.conns[sock.conn].0);
+        let room = conn.window.saturating_sub(conn.to_far.len());
+        let failed = conn.reset || conn.core_closed;
+        if sock.waiting_send.is_none() || !(failed || (room > 0 && rng.one_in(2))) {
+            return;
+        }
+        let Some(chunks) = sock.waiting_send.take() else { return };
+        group.push(if failed {
+            Completion::SendFailed { sock: id, error: Errno(libc::EPIPE) }
+        } else {
+            Completion::Sent { sock: id, bytes: take_some(rng, conn, &chunks, room) }
+        });
+    }
+
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Accept(_) => {
+                assert!(!self.accepting, "accept is armed twice");
+                self.accepting = true;
+            }
+            Op::StopAccept(_) => {
+                assert!(self.accepting, "stopping an accept that is not armed");
+                self.stop_accept = true;
+            }
+            Op::Adopt { raw, sock } => {
+                let conn = self.unadopted.remove(&raw.0).expect("adopted once");
+                self.insert(sock, conn);
+            }
+            Op::Refuse { raw } => {
+                let conn = self.unadopted.remove(&raw.0).expect("refused once");
+                (self.conns[conn].0.reset, self.conns[conn].0.core_closed) = (true, true);
+            }
+            Op::Connect { sock, address } => self.connect(sock, address),
+            Op::Recv { sock, mode } => {
+                let sock = self.socks.get_mut(&sock).expect("receiving from an open socket");
+                assert!(sock.recv.is_none(), "a receive is armed twice");
+                sock.recv = Some(mode);
+            }
+            Op::StopRecv { sock } => {
+                // It may have ended by itself in this batch.
+                let sock = self.socks.get_mut(&sock).expect("stopping an open socket");
+                sock.stopping = sock.recv.is_some();
+            }
+            Op::Send { sock, chunks, wait } => self.send(sock, chunks, wait),
+            Op::ShutdownWrite { sock } => {
+                let sock = &self.socks[&sock];
+                assert!(sock.waiting_send.is_none() && !sock.trying, "FIN overtakes a send");
+                self.conns[sock.conn].0.to_far_fin = true;
+            }
+            Op::Close { sock, reset } => {
+                let sock = self.socks.remove(&sock).expect("closing an open socket");
+                let conn = &mut self.conns[sock.conn].0;
+                conn.core_closed = true;
+                // As the kernel does: unread data turns the close into a reset, and so does a cut send.
+                if reset || !conn.to_core.is_empty() || sock.waiting_send.is_some() {
+                    conn.reset = true;
+                    conn.to_far.clear();
+                }
+                conn.to_far_fin = true;
+            }
+        }
+    }
+
+    fn insert(&mut self, id: SockId, conn: usize) {
+        let sock = DoorSock { conn, recv: None, stopping: false, waiting_send: None, trying: false };
+        assert!(self.socks.insert(id, sock).is_none(), "a socket id is used twice");
+    }
+
+    fn connect(&mut self, sock: SockId, address: SocketAddr) {
+        let IpAddr::V4(ip) = address.ip() else { panic!("an address of no app: {address}") };
+        let app = usize::from(ip.octets()[3]);
+        assert!(!self.holding || self.apps[app].state == "up", "a connect to an app that is not up");
+        assert_eq!(self.apps[app].state, "up", "a connect to an app that is not up");
+        let window = 1 + self.rng.below(100_000) as usize;
+        self.conns.push((Conn { window, ..Conn::default() }, Far::App { app, conn: AppConn::default() }));
+        self.insert(sock, self.conns.len() - 1);
+        let shortage = self.rng.one_in(100);
+        self.ready.push(if self.apps[app].listening && !shortage {
+            Completion::Connected { sock }
+        } else {
+            let error = Errno(if shortage { libc::EMFILE } else { libc::ECONNREFUSED });
+            self.conns.last_mut().expect("just pushed").0.reset = true;
+            Completion::ConnectFailed { sock, error }
+        });
+    }
+
+    fn send(&mut self, id: SockId, chunks: Vec<Chunk>, wait: bool) {
+        let sock = self.socks.get_mut(&id).expect("sending on an open socket");
+        assert!(sock.waiting_send.is_none() && !sock.trying, "two sends at a time");
+        let conn = &mut self.conns[sock.conn].0;
+        assert!(!conn.to_far_fin, "a send after FIN");
+        if wait {
+            assert!(!chunks.iter().any(Chunk::is_shared), "a waiting send holds a lent buffer");
+            sock.waiting_send = Some(chunks);
+            return;
+        }
+        sock.trying = true;
+        let room = conn.window.saturating_sub(conn.to_far.len());
+        self.ready.push(if conn.reset {
+            Completion::SendFailed { sock: id, error: Errno(libc::ECONNRESET) }
+        } else {
+            Completion::Sent { sock: id, bytes: take_some(&mut self.rng, conn, &chunks, room) }
+        });
+    }
+
+    fn picture(&self) -> String {
+        let clients: Vec<String> = self
+            .clients
+            .iter()
+            .map(|c| format!("{}/{}/{}", c.todo.len(), c.waiting.len(), c.answered.len()))
+            .collect();
+        format!("clients {clients:?}, {} sockets, now {}, {:?}", self.socks.len(), self.now, self.core)
+    }
+}
+
+/// Takes what fits, or a random part of it.
+fn take_some(rng: &mut Rng, conn: &mut Conn, chunks: &[Chunk], room: usize) -> usize {
+    let bytes: Vec<u8> = chunks.iter().flat_map(|chunk| chunk.to_vec()).collect();
+    let most = bytes.len().min(room);
+    let count = if rng.one_in(4) { rng.below(most as u64 + 1) as usize } else { most };
+    conn.to_far.extend(&bytes[..count]);
+    count
+}
