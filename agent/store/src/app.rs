@@ -243,7 +243,7 @@ pub(crate) async fn find(db: &mut SqliteConnection, app: &AppName) -> sqlx::Resu
 }
 
 /// The app, which must exist and must not be about to be removed.
-pub(crate) async fn require(tx: &mut WriteTx<'_>, operation: &'static str, app: &AppName) -> Result<App> {
+pub(crate) async fn require(tx: &mut WriteTx, operation: &'static str, app: &AppName) -> Result<App> {
     match find(tx.db(), app).await.during(operation)? {
         None => Err(StoreError::NoApp(app.clone())),
         Some(App { wanted: Wanted::Removed, .. }) => Err(StoreError::AppRemoved(app.clone())),
@@ -251,7 +251,7 @@ pub(crate) async fn require(tx: &mut WriteTx<'_>, operation: &'static str, app: 
     }
 }
 
-pub(crate) async fn ensure(tx: &mut WriteTx<'_>, app: &AppName, now_ms: u64) -> Result<bool> {
+pub(crate) async fn ensure(tx: &mut WriteTx, app: &AppName, now_ms: u64) -> Result<bool> {
     const OPERATION: &str = "create an app";
     match require(tx, OPERATION, app).await {
         Ok(_) => return Ok(false),

@@ -60,7 +60,7 @@ pub(crate) async fn current(db: &mut SqliteConnection, app: &AppName) -> sqlx::R
 
 /// Applies the changes to an app that exists, and tells of it by names only.
 pub(crate) async fn change(
-    tx: &mut WriteTx<'_>,
+    tx: &mut WriteTx,
     app: &AppName,
     changes: &ConfigChanges,
     now_ms: u64,
@@ -106,7 +106,7 @@ fn apply(values: &mut BTreeMap<String, String>, changes: &ConfigChanges) {
     }
 }
 
-async fn set(tx: &mut WriteTx<'_>, app: &AppName, name: &str, value: &str, version: i64) -> Result<()> {
+async fn set(tx: &mut WriteTx, app: &AppName, name: &str, value: &str, version: i64) -> Result<()> {
     if value.contains('\0') {
         return Err(StoreError::NulByte { name: name.to_owned() });
     }
@@ -124,7 +124,7 @@ async fn set(tx: &mut WriteTx<'_>, app: &AppName, name: &str, value: &str, versi
     Ok(())
 }
 
-async fn unset(tx: &mut WriteTx<'_>, app: &AppName, name: &str) -> Result<()> {
+async fn unset(tx: &mut WriteTx, app: &AppName, name: &str) -> Result<()> {
     sqlx::query("DELETE FROM config WHERE app = ?1 AND name = ?2")
         .bind(app.as_str())
         .bind(name)

@@ -184,7 +184,7 @@ impl Store {
     /// The release a deploy is of, made in its transaction unless it exists.
     async fn target_release(
         &self,
-        tx: &mut WriteTx<'_>,
+        tx: &mut WriteTx,
         app: &AppName,
         target: Target,
         now_ms: u64,
@@ -336,7 +336,7 @@ impl Store {
 const OPERATION_ADVANCE: &str = "advance a deploy";
 
 async fn advance(
-    tx: &mut WriteTx<'_>,
+    tx: &mut WriteTx,
     id: DeployId,
     from: Phase,
     to: Phase,
@@ -369,7 +369,7 @@ async fn advance(
 
 /// Tells of the phase the deploy has come to, in its history and by an event.
 async fn record_phase(
-    tx: &mut WriteTx<'_>,
+    tx: &mut WriteTx,
     operation: &'static str,
     deploy: &Deploy,
     note: &str,
@@ -385,7 +385,7 @@ async fn record_phase(
 
 /// Adds a row to the deploy's history in the phase it is in.
 async fn record_step(
-    tx: &mut WriteTx<'_>,
+    tx: &mut WriteTx,
     operation: &'static str,
     deploy: &Deploy,
     note: &str,

@@ -116,3 +116,24 @@ pub(crate) async fn insert(
     }
     Ok(id)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn old_events_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("state.db"), &dir.path().join("key")).await.unwrap();
+        // In one transaction, since each of its own would cost a sync.
+        let mut tx = store.write("record many events").await.unwrap();
+        for n in 0..EVENTS_MAX + 2 * PRUNE_EVERY + 50 {
+            tx.event(None, None, "test.event", &n.to_string(), 1).await.unwrap();
+        }
+        tx.commit().await.unwrap();
+        let count: i64 =
+            sqlx::query_scalar("SELECT count(*) FROM events").fetch_one(&store.readers).await.unwrap();
+        assert_eq!(count, EVENTS_MAX + 50);
+        assert_eq!(store.events_after(0, None, u32::MAX).await.unwrap().len(), EVENTS_AT_ONCE_MAX as usize);
+    }
+}

@@ -132,3 +132,29 @@ async fn applied(writer: &SqlitePool) -> sqlx::Result<i64> {
         sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations").fetch_one(writer).await?;
     Ok(newest.unwrap_or(0))
 }
+
+#[cfg(test)]
+mod tests {
+    use sqlx::Row;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn every_connection_is_as_durable_and_strict_as_promised() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("state.db"), &dir.path().join("key")).await.unwrap();
+        // The numbers of SQLite's documentation: synchronous 2 is FULL.
+        for (pragma, value) in [
+            ("PRAGMA synchronous", "2"),
+            ("PRAGMA journal_mode", "wal"),
+            ("PRAGMA foreign_keys", "1"),
+            ("PRAGMA secure_delete", "1"),
+            ("PRAGMA busy_timeout", "10000"),
+        ] {
+            let row = sqlx::query(pragma).fetch_one(&store.writer).await.unwrap();
+            let found = row.try_get_unchecked::<String, _>(0).unwrap();
+            assert_eq!(found, value, "{pragma}");
+        }
+        assert!(sqlx::query("DELETE FROM apps").execute(&store.readers).await.is_err(), "a reader wrote");
+    }
+}

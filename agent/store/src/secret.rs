@@ -141,7 +141,7 @@ pub(crate) async fn current(db: &mut SqliteConnection, app: &AppName) -> sqlx::R
 
 /// Applies the changes to an app that exists, and tells of it by names only.
 pub(crate) async fn change(
-    tx: &mut WriteTx<'_>,
+    tx: &mut WriteTx,
     key: &Key,
     app: &AppName,
     changes: &SecretChanges,
@@ -169,7 +169,7 @@ pub(crate) async fn change(
 }
 
 async fn add_version(
-    tx: &mut WriteTx<'_>,
+    tx: &mut WriteTx,
     key: &Key,
     app: &AppName,
     name: &str,
