@@ -33,7 +33,17 @@ impl Rng {
 
 /// The bytes of request or response body `id`: any byte tells which one it belongs to, and where.
 pub fn pattern(id: u64, len: usize) -> Vec<u8> {
-    (0..len).map(|at| (id.wrapping_mul(131).wrapping_add(at as u64 * 7) % 251) as u8).collect()
+    let period: Vec<u8> =
+        (0..251).map(|at| (id.wrapping_mul(131).wrapping_add(at * 7) % 251) as u8).collect();
+    let mut bytes = period.repeat(len.div_ceil(period.len()));
+    bytes.truncate(len);
+    bytes
+}
+
+/// Takes up to `count` bytes off the front.
+pub fn take_front(bytes: &mut Vec<u8>, count: usize) -> Vec<u8> {
+    let rest = bytes.split_off(count.min(bytes.len()));
+    std::mem::replace(bytes, rest)
 }
 
 fn body_size(rng: &mut Rng) -> usize {
@@ -87,7 +97,7 @@ impl Message {
 
 /// Takes one complete message off the queue. `bodiless`: a response that has no body whatever it says.
 pub fn take_message(bytes: &mut Vec<u8>, closed: bool, bodiless: bool) -> Option<Message> {
-    let end = bytes.windows(4).position(|w| w == b"\r\n\r\n")? + 4;
+    let end = head_end(bytes)?;
     let head = String::from_utf8(bytes[..end - 4].to_vec()).expect("an ASCII head");
     let mut message = Message { head, body: Vec::new() };
     let is_response = message.head.starts_with("HTTP/");
@@ -111,8 +121,20 @@ pub fn take_message(bytes: &mut Vec<u8>, closed: bool, bodiless: bool) -> Option
     } else {
         end
     };
-    bytes.drain(..used);
+    take_front(bytes, used);
     Some(message)
+}
+
+/// Where the empty line ends.
+fn head_end(bytes: &[u8]) -> Option<usize> {
+    let mut from = 0;
+    loop {
+        let cr = from + bytes[from..].iter().position(|b| *b == b'\r')?;
+        match bytes.get(cr..cr + 4)? {
+            b"\r\n\r\n" => return Some(cr + 4),
+            _ => from = cr + 1,
+        }
+    }
 }
 
 fn unchunk(bytes: &[u8]) -> Option<(Vec<u8>, usize)> {
@@ -145,7 +167,7 @@ pub struct Asked {
 pub struct Client {
     pub todo: VecDeque<Asked>,
     pub waiting: VecDeque<Asked>,
-    pub outgoing: VecDeque<u8>,
+    pub outgoing: Vec<u8>,
     pub incoming: Vec<u8>,
     pub pipelines: bool,
     pub half_closes: bool,
@@ -163,7 +185,7 @@ impl Client {
         Self {
             todo,
             waiting: VecDeque::new(),
-            outgoing: VecDeque::new(),
+            outgoing: Vec::new(),
             incoming: Vec::new(),
             pipelines: rng.one_in(3),
             half_closes: rng.one_in(4),
@@ -201,7 +223,7 @@ impl Client {
     pub fn go_on(&mut self) {
         while (self.waiting.is_empty() || self.pipelines) && !self.todo.is_empty() {
             let Some(asked) = self.todo.pop_front() else { return };
-            self.outgoing.extend(&asked.wire);
+            self.outgoing.extend_from_slice(&asked.wire);
             self.waiting.push_back(asked);
         }
     }
@@ -253,7 +275,7 @@ impl Client {
 #[derive(Default)]
 pub struct AppConn {
     pub incoming: Vec<u8>,
-    pub outgoing: VecDeque<u8>,
+    pub outgoing: Vec<u8>,
     pub closes_after_this: bool,
 }
 
@@ -276,10 +298,11 @@ impl AppConn {
 
     fn respond(&mut self, rng: &mut Rng, id: u64, method: &str) {
         if rng.one_in(6) {
-            self.outgoing.extend(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n");
+            self.outgoing.extend_from_slice(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n");
         }
         if rng.one_in(10) {
-            self.outgoing.extend(format!("HTTP/1.1 204 No Content\r\nX-Id: {id}\r\n\r\n").as_bytes());
+            self.outgoing
+                .extend_from_slice(format!("HTTP/1.1 204 No Content\r\nX-Id: {id}\r\n\r\n").as_bytes());
             return;
         }
         let body = pattern(id + 1_000_000, body_size(rng));
@@ -303,9 +326,9 @@ impl AppConn {
             }
             _ => body,
         };
-        self.outgoing.extend(format!("{head}\r\n").as_bytes());
+        self.outgoing.extend_from_slice(format!("{head}\r\n").as_bytes());
         if method != "HEAD" {
-            self.outgoing.extend(&wire);
+            self.outgoing.extend_from_slice(&wire);
         }
     }
 }

@@ -14,7 +14,7 @@ mod world;
 use world::{Mode, World};
 
 /// Seeds of one test run; a few seconds in a debug build.
-const SEEDS: u64 = 2_100;
+const SEEDS: u64 = 6_000;
 
 fn seeds(mode_index: u64) -> Vec<u64> {
     if let Ok(seed) = std::env::var("SIMULATION_SEED") {

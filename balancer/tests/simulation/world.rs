@@ -11,7 +11,7 @@ use epagent_balancer::core::engine::{Core, ListenerKind};
 use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
 use epagent_balancer::table::Table;
 
-use crate::actors::{AppConn, Client, Rng};
+use crate::actors::{AppConn, Client, Rng, take_front};
 
 const LISTENER: ListenerId = ListenerId(0);
 const APPS: usize = 4;
@@ -29,9 +29,9 @@ pub enum Mode {
 /// One TCP connection, seen from the far side.
 #[derive(Default)]
 struct Conn {
-    to_core: VecDeque<u8>,
+    to_core: Vec<u8>,
     to_core_fin: bool,
-    to_far: VecDeque<u8>,
+    to_far: Vec<u8>,
     to_far_fin: bool,
     /// How much `to_far` may hold.
     window: usize,
@@ -259,7 +259,7 @@ impl World {
             0 => rng.below(50) as usize,
             _ => rng.below(200_000) as usize,
         };
-        let taken: Vec<u8> = conn.to_far.drain(..count.min(conn.to_far.len())).collect();
+        let taken = take_front(&mut conn.to_far, count);
         let over = conn.reset || (conn.to_far_fin && conn.to_far.is_empty());
         match far {
             Far::Client(n) => {
@@ -283,8 +283,8 @@ impl World {
                     return None;
                 }
                 client.go_on();
-                let count = (rng.below(100_000) as usize).min(client.outgoing.len());
-                conn.to_core.extend(client.outgoing.drain(..count));
+                let said = take_front(&mut client.outgoing, rng.below(100_000) as usize);
+                conn.to_core.extend_from_slice(&said);
                 let said_all = client.todo.is_empty() && client.outgoing.is_empty();
                 if client.is_done() || (client.half_closes && said_all) {
                     conn.to_core_fin = true;
@@ -301,8 +301,8 @@ impl World {
                         *self.served.entry(id).or_default() += 1;
                     }
                 }
-                let count = (rng.below(100_000) as usize).min(app_conn.outgoing.len());
-                conn.to_core.extend(app_conn.outgoing.drain(..count));
+                let said = take_front(&mut app_conn.outgoing, rng.below(100_000) as usize);
+                conn.to_core.extend_from_slice(&said);
                 if over || (app_conn.closes_after_this && app_conn.outgoing.is_empty()) {
                     conn.to_core_fin = true;
                     conn.hung_up = over;
@@ -385,7 +385,7 @@ impl World {
             }
             let most = if rng.one_in(3) { 20 } else { 16_384 };
             let size = 1 + rng.below(most) as usize;
-            let bytes: Vec<u8> = conn.to_core.drain(..size.min(conn.to_core.len())).collect();
+            let bytes = take_front(&mut conn.to_core, size);
             self.live.set(self.live.get() + 1);
             let chunk = Chunk::shared(Rc::new(Lent { bytes, live: self.live.clone() }));
             group.push(Completion::Received { sock: id, chunk });
@@ -529,9 +529,10 @@ impl World {
 
 /// Takes what fits, or a random part of it.
 fn take_some(rng: &mut Rng, conn: &mut Conn, chunks: &[Chunk], room: usize) -> usize {
-    let bytes: Vec<u8> = chunks.iter().flat_map(|chunk| chunk.to_vec()).collect();
+    let mut bytes = Vec::new();
+    chunks.iter().for_each(|chunk| bytes.extend_from_slice(chunk));
     let most = bytes.len().min(room);
     let count = if rng.one_in(4) { rng.below(most as u64 + 1) as usize } else { most };
-    conn.to_far.extend(&bytes[..count]);
+    conn.to_far.extend_from_slice(&bytes[..count]);
     count
 }
