@@ -34,6 +34,8 @@ mod sweep;
 #[allow(unsafe_code)]
 mod sys;
 mod types;
+#[cfg(feature = "unpack")]
+pub mod unpack;
 
 pub use engine::StepObserver;
 pub use error::{Error, Result};
