@@ -1,5 +1,6 @@
 //! What the `epagent` command and `epagentd` share.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+pub mod activation;
 pub mod manifest;

@@ -1,0 +1,277 @@
+//! The loop that keeps the parts alive.
+//!
+//! It waits for three things only: a signal (as a descriptor), the end of a part (its pidfd), and time.
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use epagent_wire::api::Version;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+
+use super::ending;
+use super::error::DevError;
+use super::layout::{Layout, Users};
+use super::logs::Log;
+use super::node;
+use super::part::Part;
+use super::probe::Probe;
+use super::restart::Restarts;
+use super::sockets::Sockets;
+use super::spawn::spawn;
+use super::sys::Child;
+use super::{say, stale};
+
+/// How often logs are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// After this long without an answer of the API the operator is told where to look.
+const SLOW_START: Duration = Duration::from_secs(15);
+
+/// What the parts are started from.
+#[derive(Debug, Clone, Copy)]
+pub struct Node<'a> {
+    pub layout: &'a Layout,
+    pub node: node::Node,
+    pub users: Users,
+    pub binaries: &'a Path,
+    pub sockets: &'a Sockets,
+}
+
+/// One part and how it is.
+#[derive(Debug)]
+pub struct Slot {
+    pub part: Part,
+    pub log: Log,
+    pub state: State,
+    restarts: Restarts,
+    /// The length of the log when it was started last.
+    log_from: u64,
+}
+
+#[derive(Debug)]
+pub enum State {
+    Running {
+        child: Child,
+        since: Instant,
+    },
+    /// Started again at this moment.
+    Waiting {
+        until: Instant,
+    },
+}
+
+#[derive(Debug)]
+pub struct Supervisor<'a> {
+    node: Node<'a>,
+    signals: SignalFd,
+    slots: Vec<Slot>,
+    probe: Probe,
+    started: Instant,
+    told_slow: bool,
+}
+
+/// SIGINT, SIGTERM and SIGHUP, as a descriptor.
+pub fn catch_signals() -> Result<SignalFd, DevError> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    let caught = set
+        .thread_block()
+        .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK));
+    caught.map_err(|source| DevError::Wait { source })
+}
+
+impl<'a> Supervisor<'a> {
+    pub fn start(node: Node<'a>, signals: SignalFd) -> Result<Self, DevError> {
+        let now = Instant::now();
+        let mut slots = Vec::with_capacity(Part::ALL.len());
+        for part in Part::ALL {
+            let log = Log::open(node.layout, part.name())?;
+            let state = State::Waiting { until: now };
+            slots.push(Slot { part, log, state, restarts: Restarts::default(), log_from: 0 });
+        }
+        // From here on there may be something to take down.
+        let path = node.layout.path("unclean");
+        fs::write(&path, "").map_err(|source| DevError::Folder { path, source })?;
+        let probe = Probe::new(node.sockets.admin_path(), now);
+        Ok(Self { node, signals, slots, probe, started: now, told_slow: false })
+    }
+
+    /// Keeps the parts alive until a signal asks for the end, then ends them.
+    pub fn run(mut self) -> Result<(), DevError> {
+        let lived = self.keep_alive();
+        if lived.is_ok() {
+            say("ending; Ctrl-C again to hurry");
+        }
+        let _ = fs::remove_file(self.node.layout.path("ready"));
+        lived.and(ending::end(self.node, &self.signals, self.slots))
+    }
+
+    fn keep_alive(&mut self) -> Result<(), DevError> {
+        let mut next_look = self.started + LOOK_EVERY;
+        loop {
+            let now = Instant::now();
+            self.start_due(now)?;
+            if let Some(version) = self.probe.advance(now) {
+                self.announce(&version);
+            }
+            self.tell_if_slow(now);
+            if now >= next_look {
+                next_look = now + LOOK_EVERY;
+                for slot in &self.slots {
+                    // A full disk is the parts' trouble too, and they will say so.
+                    let _ = slot.log.bound();
+                }
+            }
+            if self.wait(next_look)? {
+                return Ok(());
+            }
+            self.bury(Instant::now());
+        }
+    }
+
+    /// Starts what is due. A program that can't be started waits like one that died.
+    fn start_due(&mut self, now: Instant) -> Result<(), DevError> {
+        let mut changed = false;
+        for slot in &mut self.slots {
+            if !matches!(slot.state, State::Waiting { until } if until <= now) {
+                continue;
+            }
+            let Node { layout, users, binaries, sockets, .. } = self.node;
+            let program = slot.part.program(layout, users, binaries, sockets);
+            slot.log_from = slot.log.len();
+            match spawn(&program, layout.root(), slot.log.file()) {
+                Ok(child) => {
+                    slot.state = State::Running { child, since: now };
+                    changed = true;
+                }
+                Err(error) => {
+                    let name = slot.part.name();
+                    let error = DevError::Spawn { name, step: error.step, source: error.source };
+                    say(&crate::failure::Failure::from(error).to_string());
+                    slot.state = State::Waiting { until: now + slot.next_wait(0) };
+                }
+            }
+        }
+        if changed {
+            let path = self.node.layout.path("processes");
+            let running = self.slots.iter().filter_map(|slot| match &slot.state {
+                State::Running { child, .. } => Some((slot.part.name(), child.pid.as_raw())),
+                State::Waiting { .. } => None,
+            });
+            stale::note(self.node.layout, running).map_err(|source| DevError::Folder { path, source })?;
+        }
+        Ok(())
+    }
+
+    /// Waits for whatever comes first. True: a signal asks for the end.
+    fn wait(&self, until: Instant) -> Result<bool, DevError> {
+        let (answer, answer_due) = self.probe.waits_for();
+        let due = self.slots.iter().filter_map(|slot| match slot.state {
+            State::Waiting { until } => Some(until),
+            State::Running { .. } => None,
+        });
+        let until = due.chain(answer_due).fold(until, Instant::min);
+        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        fds.extend(answer.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        fds.extend(self.slots.iter().filter_map(|slot| match &slot.state {
+            State::Running { child, .. } => Some(PollFd::new(child.pidfd.as_fd(), PollFlags::POLLIN)),
+            State::Waiting { .. } => None,
+        }));
+        match poll(&mut fds, timeout(until)) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(source) => return Err(DevError::Wait { source }),
+        }
+        Ok(matches!(self.signals.read_signal(), Ok(Some(_))))
+    }
+
+    /// Takes note of the parts that ended and when they are to be started again.
+    fn bury(&mut self, now: Instant) {
+        for slot in &mut self.slots {
+            let State::Running { child, since } = &slot.state else {
+                continue;
+            };
+            let Some(end) = reap(child) else {
+                continue;
+            };
+            let lived = now.saturating_duration_since(*since);
+            let wait = slot.next_wait(u64::try_from(lived.as_millis()).unwrap_or(u64::MAX));
+            let when = match wait.as_millis() {
+                0 => "restarting it now".to_owned(),
+                ms => format!("restarting it in {ms} ms"),
+            };
+            say(&format!("{} ended: {end}; {when}", slot.part.name()));
+            if let Some(line) = slot.log.last_line_since(slot.log_from) {
+                say(&format!("  its last words: {line}"));
+            }
+            slot.state = State::Waiting { until: now + wait };
+        }
+    }
+
+    fn announce(&self, version: &Version) {
+        let layout = self.node.layout;
+        let (socket, http) = (self.node.sockets.admin_path(), self.node.sockets.http_address());
+        let ready = serde_json::json!({
+            "version": version.version, "node": version.node, "socket": socket, "http": http,
+        });
+        if let Err(error) = fs::write(layout.path("ready"), format!("{ready}\n")) {
+            say(&format!("{} can't be written: {error}", layout.path("ready").display()));
+        }
+        let text = format!(
+            "epagent {} is up: node {}, state in {}\n\n  \
+               apps   http://{http} (by host name)\n  \
+               API    {socket}\n\n  \
+               export EPAGENT_SOCKET={socket}\n  \
+               epagent deploy ./app\n\n\
+             Ctrl-C stops every app and takes everything down; images, releases and volumes stay in the folder.\n",
+            version.version,
+            version.node,
+            layout.root().display(),
+            socket = socket.display(),
+        );
+        let _ = std::io::stdout().write_all(text.as_bytes());
+        let _ = std::io::stdout().flush();
+    }
+
+    fn tell_if_slow(&mut self, now: Instant) {
+        let waiting = !matches!(self.probe.waits_for(), (None, None));
+        if waiting && !self.told_slow && now.saturating_duration_since(self.started) >= SLOW_START {
+            self.told_slow = true;
+            say(&format!("the API does not answer yet; {}/log tells why", self.node.layout.root().display()));
+        }
+    }
+}
+
+impl Slot {
+    fn next_wait(&mut self, lived_ms: u64) -> Duration {
+        Duration::from_millis(self.restarts.after_death_ms(lived_ms))
+    }
+}
+
+/// Until `until`, rounded up, so that it has passed when poll returns.
+pub fn timeout(until: Instant) -> PollTimeout {
+    let left = until.saturating_duration_since(Instant::now());
+    let ms = left.as_millis() + u128::from(left.subsec_nanos() % 1_000_000 != 0);
+    PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
+}
+
+/// How a child ended, in words, if it has.
+pub fn reap(child: &Child) -> Option<String> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let status = waitid(WaitId::PidFd(child.pidfd.as_fd()), options).ok()??;
+    if let Some(code) = status.exit_status() {
+        return Some(format!("exit code {code}"));
+    }
+    let number = status.terminating_signal().unwrap_or(0);
+    Some(match Signal::try_from(number) {
+        Ok(signal) => format!("killed by {signal}"),
+        Err(_) => format!("killed by signal {number}"),
+    })
+}
