@@ -13,3 +13,9 @@ pub mod spec;
 pub mod sweep;
 
 pub use error::Error;
+mod apply;
+mod handover;
+pub mod jail;
+mod plan;
+mod seccomp;
+mod sys;

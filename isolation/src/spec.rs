@@ -22,6 +22,8 @@ pub const FILES_BYTES_MAX: usize = 256 * 1024;
 pub const ARGUMENTS_BYTES_MAX: usize = 256 * 1024;
 /// The folder all [`FileSpec`]s are in.
 pub const FILES_DIR: &str = "/run/epagent";
+/// Where the instance's own resolv.conf, hosts and hostname are, to be bound over those in /etc.
+pub const ETC_DIR: &str = "/run/epagent/etc";
 
 /// One instance or job, completely.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -133,7 +135,7 @@ pub struct FileSpec {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Program {
     /// A command of the image. `argv[0]` without a slash is searched in the `PATH` of `env`, inside.
-    /// A missing `cwd` is an error, except that it is not made.
+    /// A missing `cwd` is an error.
     Exec { argv: Vec<String>, cwd: JailPath, env: BTreeMap<String, String> },
     /// The static executable given as [`crate::launch::LaunchFds::program`]: works in an empty root.
     Fd { argv: Vec<String>, cwd: JailPath, env: BTreeMap<String, String> },

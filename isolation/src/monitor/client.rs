@@ -4,11 +4,20 @@
 //! arrived. Requests are synchronous with a short timeout: a monitor has nothing to wait for, so one that does not
 //! answer within it is broken, not busy. Events arriving meanwhile are kept (at most [`EVENTS_MAX`]).
 
+use std::collections::VecDeque;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::monitor::protocol::{Event, ExecCall, Status, TtySize};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::monitor::protocol::{
+    Answer, Call, Event, ExecCall, MESSAGE_BYTES_MAX, Message, Request, Status, TtySize, VERSION_MAX,
+    VERSION_MIN,
+};
+use crate::sys::message;
 
 /// Events kept while a request waits for its answer. When more come, the connection is given up.
 pub const EVENTS_MAX: usize = 64;
@@ -52,13 +61,17 @@ pub enum ClientError {
 #[derive(Debug)]
 pub struct Client {
     socket: OwnedFd,
+    version: u32,
+    id: String,
+    last_seq: u64,
+    events: VecDeque<Event>,
 }
 
 /// A command started by [`Client::exec`].
 #[derive(Debug)]
 pub struct ExecSession {
     pub session: u32,
-    /// In the host's pid namespace; for show.
+    /// In the instance's pid namespace; for show.
     pub pid: i32,
     /// The PTY's master, when a tty was asked for.
     pub master: Option<OwnedFd>,
@@ -66,50 +79,166 @@ pub struct ExecSession {
 
 impl Client {
     /// Connects and agrees on a version.
-    pub fn connect(_path: &Path) -> Result<Client, ClientError> {
-        unimplemented!()
+    pub fn connect(path: &Path) -> Result<Client, ClientError> {
+        let connect = || -> io::Result<OwnedFd> {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+            rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+            Ok(socket)
+        };
+        let socket = connect().map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+        let mut client =
+            Client { socket, version: 0, id: String::new(), last_seq: 0, events: VecDeque::new() };
+        let versions = (VERSION_MIN..=VERSION_MAX).collect();
+        match client.request("hello", 0, Call::Hello { versions }, &[])? {
+            (Answer::Hello { version, id }, _) => Ok(Client { version, id, ..client }),
+            (other, _) => Err(unexpected("hello", &other)),
+        }
     }
+
     /// The version agreed on.
     pub fn version(&self) -> u32 {
-        unimplemented!()
+        self.version
     }
+
     /// The instance's id, as the monitor names it.
     pub fn id(&self) -> &str {
-        unimplemented!()
+        &self.id
     }
+
     pub fn status(&mut self) -> Result<Status, ClientError> {
-        unimplemented!()
+        match self.request("status", 1, Call::Status, &[])? {
+            (Answer::Status(status), _) => Ok(status),
+            (other, _) => Err(unexpected("status", &other)),
+        }
     }
+
     /// From now on events arrive; `started` and `exited` at once if they are past.
     pub fn subscribe(&mut self) -> Result<(), ClientError> {
-        unimplemented!()
+        self.done("subscribe", 1, Call::Subscribe)
     }
-    pub fn signal(&mut self, _signal: i32) -> Result<(), ClientError> {
-        unimplemented!()
+
+    /// A signal to the app's main process.
+    pub fn signal(&mut self, signal: i32) -> Result<(), ClientError> {
+        self.done("signal", 1, Call::Signal { signal })
     }
-    pub fn stop(&mut self, _signal: i32, _grace_ms: u64) -> Result<(), ClientError> {
-        unimplemented!()
+
+    /// The signal to the app's main process, and after `grace_ms` the end of everything. Returns at once.
+    pub fn stop(&mut self, signal: i32, grace_ms: u64) -> Result<(), ClientError> {
+        self.done("stop", 1, Call::Stop { signal, grace_ms })
     }
+
+    /// The end of everything, at once.
     pub fn kill(&mut self) -> Result<(), ClientError> {
-        unimplemented!()
+        self.done("kill", 1, Call::Kill)
     }
+
     /// Ends an exited instance's monitor.
     pub fn release(&mut self) -> Result<(), ClientError> {
-        unimplemented!()
+        self.done("release", 1, Call::Release)
     }
-    /// `stdio`: exactly three descriptors, or none with `call.tty`.
-    pub fn exec(&mut self, _call: ExecCall, _stdio: &[BorrowedFd<'_>]) -> Result<ExecSession, ClientError> {
-        unimplemented!()
+
+    /// Runs a command in the instance, for as long as this connection lives. `stdio`: exactly three descriptors, or
+    /// none with `call.tty`. Its end is told by [`Event::ExecExited`] on this connection, subscribed or not.
+    pub fn exec(&mut self, call: ExecCall, stdio: &[BorrowedFd<'_>]) -> Result<ExecSession, ClientError> {
+        match self.request("exec", 2, Call::Exec(call), stdio)? {
+            (Answer::Exec { session, pid }, mut fds) => Ok(ExecSession { session, pid, master: fds.pop() }),
+            (other, _) => Err(unexpected("exec", &other)),
+        }
     }
-    pub fn exec_resize(&mut self, _session: u32, _size: TtySize) -> Result<(), ClientError> {
-        unimplemented!()
+
+    pub fn exec_resize(&mut self, session: u32, size: TtySize) -> Result<(), ClientError> {
+        self.done("exec-resize", 2, Call::ExecResize { session, size })
     }
-    pub fn exec_signal(&mut self, _session: u32, _signal: i32) -> Result<(), ClientError> {
-        unimplemented!()
+
+    /// To the command's process group.
+    pub fn exec_signal(&mut self, session: u32, signal: i32) -> Result<(), ClientError> {
+        self.done("exec-signal", 2, Call::ExecSignal { session, signal })
     }
+
     /// The next event that has arrived, without waiting; `Ok(None)` when there is none.
+    /// Events kept from requests come first: call this until `None` after each request, not only when readable.
     pub fn next_event(&mut self) -> Result<Option<Event>, ClientError> {
-        unimplemented!()
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(Some(event));
+            }
+            match self.receive()? {
+                None => return Ok(None),
+                Some((Message::Event { event: Event::Unknown }, _)) => {}
+                Some((Message::Event { event }, _)) => return Ok(Some(event)),
+                // The late answer to a request that timed out.
+                Some((Message::Answer { .. }, _)) => {}
+            }
+        }
+    }
+
+    fn done(&mut self, request: &'static str, since: u32, call: Call) -> Result<(), ClientError> {
+        match self.request(request, since, call, &[])? {
+            (Answer::Ok, _) => Ok(()),
+            (other, _) => Err(unexpected(request, &other)),
+        }
+    }
+
+    /// Sends and waits for the answer, keeping events that come before it. What the agreed version does not have is
+    /// not even sent.
+    fn request(
+        &mut self,
+        request: &'static str,
+        since: u32,
+        call: Call,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Answer, Vec<OwnedFd>), ClientError> {
+        if since > 0 && self.version < since {
+            return Err(ClientError::TooOld { request, version: self.version, needed: since });
+        }
+        self.last_seq += 1;
+        let expected = self.last_seq;
+        let bytes = serde_json::to_vec(&Request { seq: expected, call }).map_err(ClientError::Protocol)?;
+        message::send(self.socket.as_fd(), &bytes, fds)
+            .map_err(|source| ClientError::Send { request, source })?;
+        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        loop {
+            match self.receive()? {
+                Some((Message::Answer { seq, answer }, fds)) if seq == expected => {
+                    return checked(request, self.version, since, answer).map(|answer| (answer, fds));
+                }
+                Some((Message::Answer { .. }, _)) | Some((Message::Event { event: Event::Unknown }, _)) => {}
+                Some((Message::Event { .. }, _)) if self.events.len() >= EVENTS_MAX => {
+                    return Err(ClientError::Overrun);
+                }
+                Some((Message::Event { event }, _)) => self.events.push_back(event),
+                None => self.wait(request, deadline)?,
+            }
+        }
+    }
+
+    fn wait(&self, request: &'static str, deadline: Instant) -> Result<(), ClientError> {
+        let timeout_ms = REQUEST_TIMEOUT.as_millis() as u64;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ClientError::Timeout { request, timeout_ms });
+        }
+        let mut polled = [PollFd::new(&self.socket, PollFlags::IN)];
+        let left = Timespec::try_from(left).ok();
+        match rustix::event::poll(&mut polled, left.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(errno) => Err(ClientError::Receive(errno.into())),
+        }
+    }
+
+    /// One message, if one is there.
+    fn receive(&mut self) -> Result<Option<(Message, Vec<OwnedFd>)>, ClientError> {
+        match message::receive(self.socket.as_fd(), MESSAGE_BYTES_MAX) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Err(ClientError::Closed),
+            Err(source) => Err(ClientError::Receive(source)),
+            Ok(None) => Err(ClientError::Closed),
+            Ok(Some(packet)) => {
+                let message = serde_json::from_slice(&packet.bytes).map_err(ClientError::Protocol)?;
+                Ok(Some((message, packet.fds)))
+            }
+        }
     }
 }
 
@@ -117,4 +246,16 @@ impl AsFd for Client {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+fn checked(request: &'static str, version: u32, needed: u32, answer: Answer) -> Result<Answer, ClientError> {
+    match answer {
+        Answer::Refused { error } => Err(ClientError::Refused { request, error }),
+        Answer::Unsupported { .. } => Err(ClientError::TooOld { request, version, needed }),
+        answer => Ok(answer),
+    }
+}
+
+fn unexpected(request: &'static str, answer: &Answer) -> ClientError {
+    ClientError::Unexpected { request, answer: format!("{answer:?}") }
 }

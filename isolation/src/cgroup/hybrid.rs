@@ -1,0 +1,147 @@
+//! Hybrid: limits and counters in v1 hierarchies, identity in a v2 tree without controllers.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::{Layout, Setting, Usage, read_key, read_number};
+use crate::error::Error;
+use crate::id::JailId;
+use crate::spec::Limits;
+
+/// Length of a CPU accounting period. The kernel's own default.
+const CPU_PERIOD_US: u64 = 100_000;
+
+#[derive(Debug)]
+pub(super) struct Hybrid {
+    identity: PathBuf,
+    memory: PathBuf,
+    cpu: PathBuf,
+    cpuacct: PathBuf,
+    pids: PathBuf,
+}
+
+impl Hybrid {
+    /// `v1` must hold memory, cpu, cpuacct and pids.
+    pub(super) fn new(v2: &Path, v1: &BTreeMap<String, PathBuf>, name: &str) -> Hybrid {
+        let at = |controller: &str| v1[controller].join(name);
+        Hybrid {
+            identity: v2.join(name),
+            memory: at("memory"),
+            cpu: at("cpu"),
+            cpuacct: at("cpuacct"),
+            pids: at("pids"),
+        }
+    }
+}
+
+impl Layout for Hybrid {
+    fn name(&self) -> &'static str {
+        "hybrid"
+    }
+
+    fn identity(&self) -> &Path {
+        &self.identity
+    }
+
+    fn controllers(&self) -> Vec<&Path> {
+        let mut dirs = vec![self.memory.as_path(), &self.cpu, &self.pids];
+        if self.cpuacct != self.cpu {
+            dirs.push(&self.cpuacct);
+        }
+        dirs
+    }
+
+    fn prepare(&self) -> Result<(), Error> {
+        for dir in self.controllers().into_iter().chain([self.identity.as_path()]) {
+            fs::create_dir_all(dir).map_err(Error::path("create cgroup", dir))?;
+        }
+        Ok(())
+    }
+
+    fn delegate(&self, _id: &JailId) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// `memory.memsw` only exists with swap accounting; it may not be below `memory.limit`, so it comes second.
+    fn limits(&self, id: &JailId, limits: &Limits) -> Vec<Setting> {
+        let quota_us = u64::from(limits.cpu_percent) * CPU_PERIOD_US / 100;
+        let set = |dir: &Path, file, value: String, optional| Setting {
+            dir: dir.join(id.as_str()),
+            file,
+            value,
+            optional,
+        };
+        vec![
+            set(&self.memory, "memory.limit_in_bytes", limits.memory_bytes.to_string(), false),
+            set(&self.memory, "memory.memsw.limit_in_bytes", limits.memory_bytes.to_string(), true),
+            set(&self.cpu, "cpu.cfs_period_us", CPU_PERIOD_US.to_string(), false),
+            set(&self.cpu, "cpu.cfs_quota_us", quota_us.to_string(), false),
+            set(&self.pids, "pids.max", limits.pids.to_string(), false),
+        ]
+    }
+
+    fn adopt(&self, id: &JailId, pid: i32) -> Result<(), Error> {
+        for dir in self.controllers() {
+            let file = dir.join(id.as_str()).join("cgroup.procs");
+            fs::write(&file, pid.to_string()).map_err(Error::path("enter cgroup", file))?;
+        }
+        Ok(())
+    }
+
+    fn usage(&self, id: &JailId) -> Usage {
+        let memory = self.memory.join(id.as_str());
+        Usage {
+            memory_bytes: read_number(memory.join("memory.usage_in_bytes")),
+            memory_peak_bytes: read_number(memory.join("memory.max_usage_in_bytes")),
+            cpu_us: read_number(self.cpuacct.join(id.as_str()).join("cpuacct.usage")).map(|ns| ns / 1000),
+            pids: read_number(self.pids.join(id.as_str()).join("pids.current")),
+            oom_kills: read_key(memory.join("memory.oom_control"), "oom_kill"),
+        }
+    }
+
+    /// v1 kills one process and leaves a broken instance; the monitor kills the rest when this fires.
+    fn watch_oom(&self, id: &JailId) -> Result<Option<OwnedFd>, Error> {
+        let dir = self.memory.join(id.as_str());
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(Error::call("eventfd"))?;
+        let control = dir.join("memory.oom_control");
+        let control = fs::File::open(&control).map_err(Error::path("open", control))?;
+        let register = format!("{} {}", event.as_fd().as_raw_fd(), control.as_raw_fd());
+        let file = dir.join("cgroup.event_control");
+        fs::write(&file, register).map_err(Error::path("watch memory limit", file))?;
+        Ok(Some(event.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_become_these_files_and_values() {
+        let v1 = ["memory", "cpu", "cpuacct", "pids"].map(|c| {
+            (c.to_owned(), PathBuf::from(if c == "cpuacct" { "/cg/cpu".into() } else { format!("/cg/{c}") }))
+        });
+        let hybrid = Hybrid::new(Path::new("/cg/unified"), &v1.into(), "epagent-7");
+        let id = JailId::new("j").unwrap();
+        let limits = Limits { memory_bytes: 4096, cpu_percent: 150, pids: 3, ..Limits::default() };
+        let got: Vec<(String, String)> = hybrid
+            .limits(&id, &limits)
+            .into_iter()
+            .map(|s| (s.dir.join(s.file).display().to_string(), s.value))
+            .collect();
+        let want = [
+            ("/cg/memory/epagent-7/j/memory.limit_in_bytes", "4096"),
+            ("/cg/memory/epagent-7/j/memory.memsw.limit_in_bytes", "4096"),
+            ("/cg/cpu/epagent-7/j/cpu.cfs_period_us", "100000"),
+            ("/cg/cpu/epagent-7/j/cpu.cfs_quota_us", "150000"),
+            ("/cg/pids/epagent-7/j/pids.max", "3"),
+        ];
+        assert_eq!(got, want.map(|(file, value)| (file.to_owned(), value.to_owned())));
+        assert_eq!(hybrid.controllers().len(), 3, "a joint cpu,cpuacct hierarchy is entered once");
+    }
+}

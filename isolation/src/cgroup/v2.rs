@@ -1,0 +1,183 @@
+//! Pure cgroup v2: one tree for everything.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use super::{Layout, Setting, Usage, read_key, read_number};
+use crate::error::Error;
+use crate::id::JailId;
+use crate::spec::Limits;
+
+/// Controllers that every instance must have.
+const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
+/// Length of a CPU accounting period. The kernel's own default.
+const CPU_PERIOD_US: u64 = 100_000;
+
+#[derive(Debug)]
+pub(super) struct V2 {
+    mount: PathBuf,
+    root: PathBuf,
+}
+
+impl V2 {
+    pub(super) fn new(mount: &Path, name: &str) -> V2 {
+        V2 { mount: mount.to_owned(), root: mount.join(name) }
+    }
+
+    fn app(&self, id: &JailId) -> PathBuf {
+        self.root.join(id.as_str()).join("app")
+    }
+}
+
+impl Layout for V2 {
+    fn name(&self) -> &'static str {
+        "v2"
+    }
+
+    fn identity(&self) -> &Path {
+        &self.root
+    }
+
+    fn controllers(&self) -> Vec<&Path> {
+        Vec::new()
+    }
+
+    /// From the mount down: each level that lacks a controller gets it from the level above. A delegated subtree
+    /// has them already, and then nothing above it is touched.
+    fn prepare(&self) -> Result<(), Error> {
+        fs::create_dir_all(&self.root).map_err(Error::path("create cgroup", &self.root))?;
+        if !has_controllers(&self.root) {
+            let mut above: Vec<&Path> =
+                self.root.ancestors().skip(1).take_while(|dir| dir.starts_with(&self.mount)).collect();
+            above.reverse();
+            for dir in above {
+                enable(dir)?;
+            }
+        }
+        enable(&self.root)
+    }
+
+    fn delegate(&self, id: &JailId) -> Result<(), Error> {
+        enable(&self.root.join(id.as_str()))
+    }
+
+    /// `memory.high` slows a growing instance down before `memory.max` kills it as one.
+    fn limits(&self, id: &JailId, limits: &Limits) -> Vec<Setting> {
+        let quota_us = u64::from(limits.cpu_percent) * CPU_PERIOD_US / 100;
+        let set = |file, value: String, optional| Setting { dir: self.app(id), file, value, optional };
+        vec![
+            set("memory.max", limits.memory_bytes.to_string(), false),
+            set("memory.high", (limits.memory_bytes - limits.memory_bytes / 16).to_string(), false),
+            set("memory.swap.max", "0".to_owned(), true),
+            set("memory.oom.group", "1".to_owned(), false),
+            set("cpu.max", format!("{quota_us} {CPU_PERIOD_US}"), false),
+            set("pids.max", limits.pids.to_string(), false),
+        ]
+    }
+
+    fn adopt(&self, _id: &JailId, _pid: i32) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn usage(&self, id: &JailId) -> Usage {
+        let app = self.app(id);
+        Usage {
+            memory_bytes: read_number(app.join("memory.current")),
+            memory_peak_bytes: read_number(app.join("memory.peak")),
+            cpu_us: read_key(app.join("cpu.stat"), "usage_usec"),
+            pids: read_number(app.join("pids.current")),
+            oom_kills: read_key(app.join("memory.events"), "oom_kill"),
+        }
+    }
+
+    /// `memory.oom.group` makes the kernel kill the group.
+    fn watch_oom(&self, _id: &JailId) -> Result<Option<OwnedFd>, Error> {
+        Ok(None)
+    }
+}
+
+fn has_controllers(dir: &Path) -> bool {
+    let text = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
+    CONTROLLERS.iter().all(|controller| text.split_whitespace().any(|word| word == *controller))
+}
+
+/// Enables the controllers for the children of `dir`.
+fn enable(dir: &Path) -> Result<(), Error> {
+    let file = dir.join("cgroup.subtree_control");
+    let enabled = fs::read_to_string(&file).map_err(Error::path("read", &file))?;
+    for controller in CONTROLLERS.iter().filter(|c| !enabled.split_whitespace().any(|word| word == **c)) {
+        fs::write(&file, format!("+{controller}")).map_err(|source| {
+            if source.raw_os_error() == Some(libc::EBUSY) {
+                let reason =
+                    format!("{} has processes of its own; give a delegated, empty cgroup", dir.display());
+                return Error::Refused { operation: "enable cgroup controllers", reason };
+            }
+            let missing = source.kind() == io::ErrorKind::NotFound;
+            let operation = if missing {
+                "enable cgroup controller not offered by the level above"
+            } else {
+                "enable cgroup controller"
+            };
+            Error::path(operation, dir.join(controller))(source)
+        })?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_become_these_files_and_values() {
+        let v2 = V2::new(Path::new("/sys/fs/cgroup"), "system.slice/epagent-instances.service");
+        let id = JailId::new("shop-web-1").unwrap();
+        let limits = Limits { memory_bytes: 1 << 24, cpu_percent: 50, pids: 9, ..Limits::default() };
+        let got: Vec<(String, String)> = v2
+            .limits(&id, &limits)
+            .into_iter()
+            .map(|s| (s.dir.join(s.file).display().to_string(), s.value))
+            .collect();
+        let app = "/sys/fs/cgroup/system.slice/epagent-instances.service/shop-web-1/app";
+        let want = [
+            ("memory.max", "16777216"),
+            ("memory.high", "15728640"),
+            ("memory.swap.max", "0"),
+            ("memory.oom.group", "1"),
+            ("cpu.max", "50000 100000"),
+            ("pids.max", "9"),
+        ];
+        assert_eq!(got, want.map(|(file, value)| (format!("{app}/{file}"), value.to_owned())));
+    }
+
+    #[test]
+    fn controllers_are_read_as_words() {
+        let dir = std::env::temp_dir().join(format!("epagent-v2-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("cgroup.controllers"), "cpuset cpu io memory pids\n").unwrap();
+        assert!(has_controllers(&dir));
+        fs::write(dir.join("cgroup.controllers"), "cpuset io memory pids\n").unwrap();
+        assert!(!has_controllers(&dir), "cpuset is not cpu");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn counters_are_read_from_the_files_of_v2() {
+        let mount = std::env::temp_dir().join(format!("epagent-v2-usage-{}", std::process::id()));
+        let id = JailId::new("a").unwrap();
+        let v2 = V2::new(&mount, "n");
+        let app = v2.app(&id);
+        fs::create_dir_all(&app).unwrap();
+        fs::write(app.join("memory.current"), "4096\n").unwrap();
+        fs::write(app.join("cpu.stat"), "usage_usec 77\nuser_usec 70\n").unwrap();
+        fs::write(app.join("memory.events"), "low 0\noom 3\noom_kill 2\noom_group_kill 1\n").unwrap();
+        let usage = v2.usage(&id);
+        assert_eq!(
+            (usage.memory_bytes, usage.cpu_us, usage.oom_kills, usage.pids),
+            (Some(4096), Some(77), Some(2), None)
+        );
+        fs::remove_dir_all(&mount).unwrap();
+    }
+}
