@@ -15,6 +15,8 @@ use super::{COMMAND_BYTES_MAX, MANIFEST_BYTES_MAX, ManifestError, Overrides, pro
 const BUILD_COMMANDS_MAX: usize = 64;
 /// Secrets an app may name.
 const SECRETS_MAX: usize = 128;
+/// Variables in `[env]`; with the configuration and what the agent sets, the runner takes 512.
+const ENV_MAX: usize = 256;
 /// Names and values of `[env]` together; all of it travels in one packet to the runner.
 const ENV_BYTES_MAX: usize = 32 << 10;
 
@@ -93,8 +95,12 @@ fn secrets(top: &Table<'_>) -> Result<BTreeSet<String>, ManifestError> {
 fn env(top: &Table<'_>, secrets: &BTreeSet<String>) -> Result<BTreeMap<String, String>, ManifestError> {
     let mut env = BTreeMap::new();
     let Some(table) = top.get("env") else { return Ok(env) };
+    let items = table.table()?.named();
+    if items.len() > ENV_MAX {
+        return Err(table.error(format!("`[env]` has {} variables; the most is {ENV_MAX}", items.len())));
+    }
     let mut bytes = 0;
-    for item in table.table()?.named() {
+    for item in items {
         check_variable(item.key)
             .map_err(|reason| item.error_at_key(format!("{} can't be set: {reason}", quoted(item.key))))?;
         if secrets.contains(item.key) {

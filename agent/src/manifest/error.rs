@@ -207,7 +207,7 @@ pub(super) fn nearest<'k>(word: &str, known: impl IntoIterator<Item = &'k str>) 
     let slips_max = (word.chars().count() / 3).max(1);
     known
         .into_iter()
-        .map(|known| (strsim::osa_distance(&word, known), known))
+        .map(|known| (strsim::osa_distance(&word, &known.to_lowercase()), known))
         .filter(|&(slips, known)| slips <= slips_max || (word.len() >= 3 && known.starts_with(&word)))
         .min()
         .map(|(_, known)| known)

@@ -19,12 +19,12 @@ const DEADLINE_MS_MIN: u64 = 1_000;
 const DEADLINE_MS_MAX: u64 = 3_600_000;
 const HTTP_PATH_BYTES_MAX: usize = 1024;
 const MEMORY_BYTES_MIN: u64 = 4 << 20;
-const CPU_PERCENT_MAX: u32 = 25_600;
-/// Our init and the app are two.
-const PIDS_MIN: u32 = 2;
-const PIDS_MAX: u32 = 65_536;
-const NOFILE_MIN: u32 = 16;
-const NOFILE_MAX: u32 = 1_048_576;
+const CPU_PERCENT_MAX: u32 = 6_400;
+/// Our init, the shell and the app, and one to spare.
+const PIDS_MIN: u32 = 4;
+const PIDS_MAX: u32 = 16_384;
+const NOFILE_MIN: u32 = 64;
+const NOFILE_MAX: u32 = 262_144;
 const DISK_BYTES_MIN: u64 = 1 << 20;
 /// Memory, disk and quotas: far past any machine, so that sums stay far from overflow.
 pub(super) const SIZE_BYTES_MAX: u64 = 1 << 50;

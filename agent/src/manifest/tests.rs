@@ -4,7 +4,7 @@ use epagent_core::spec::{AppSpec, Check, Limits, RouteMatch, Strategy};
 
 use super::{ManifestError, Overrides, parse_procfile, parse_toml};
 
-/// What the issue that asked for manifests shows, every key of it.
+/// Every key there is.
 const WHOLE: &str = r#"
 app = "shop"
 image = "py"                        # by name; "host" in dev mode
@@ -303,8 +303,8 @@ fn numbers_and_units() {
     check(&web("limits.cpu = \"50\""), (6, 14), "`50` is not a share of a processor", "\"50%\"");
     check(&web("limits.cpu = 50"), (6, 14), "has no unit", "\"50%\"");
     check(&web("limits.cpu = \"0%\""), (6, 14), "is 0%; it may be 1%", "");
-    check(&web("limits.pids = 1"), (6, 15), "it may be 2 to", "");
-    check(&web("limits.nofile = 3"), (6, 17), "it may be 16 to", "");
+    check(&web("limits.pids = 1"), (6, 15), "it may be 4 to", "");
+    check(&web("limits.nofile = 3"), (6, 17), "it may be 64 to", "");
     check(&web("stop = { grace = 10 }"), (6, 18), "has no unit", "\"10s\"");
     check(&web("stop = { grace = \"10sec\" }"), (6, 18), "`10sec` is not a duration", "\"10s\"");
     check(&web("stop = { grace = \"11m\" }"), (6, 18), "is 11m; it may be 0ms to 10m", "");
@@ -332,6 +332,7 @@ fn processes() {
     check(&web("deploy = \"canary\""), (6, 10), "can't be `canary`", "`overlap` or `replace`");
     check(&web("stop = { signal = \"SIGTERM\" }"), (6, 19), "is not how a signal is written", "write `TERM`");
     check(&web("stop = { signal = \"KILL\" }"), (6, 19), "`KILL` can't be the signal", "grace");
+    check(&web("stop = { signal = \"TREM\" }"), (6, 19), "can't be `TREM`", "did you mean `TERM`?");
     check(&web("stop = { signal = \"SEGV\" }"), (6, 19), "can't be `SEGV`", "`USR1` or `USR2`");
     check(&web("health = { http = \"/\", tcp = true }"), (6, 24), "both `http` and `tcp`", "keep one");
     check(&web("health = { http = \"healthz\" }"), (6, 19), "must begin with `/`", "");
@@ -387,11 +388,14 @@ fn routes() {
 #[test]
 fn volumes() {
     let volume = |path: &str| small(&format!("[volume.v]\npath = {path:?}"));
-    check(&volume("data"), (4, 8), "must begin with `/`", "");
+    check(&volume("data"), (4, 8), "the path is not absolute", "/data");
     for path in ["/proc", "/proc/1", "/sys/fs", "/dev/shm", "/tmp/x", "/run"] {
         check(&volume(path), (4, 8), "every instance has a", "/data");
     }
-    for path in ["/", "/app", "/usr", "/etc"] {
+    for path in ["/usr", "/usr/share/x", "/etc", "/lib64", "/boot"] {
+        check(&volume(path), (4, 8), "is the image's", "/data");
+    }
+    for path in ["/", "/app", "/var", "/root"] {
         check(&volume(path), (4, 8), "hide what is there", "/app/data");
     }
     for path in ["/a/../proc", "/a/", "//a", "/a/./b", "/.."] {
@@ -421,6 +425,8 @@ fn variables() {
     check(&small("secrets = [\"A\", \"A\"]"), (3, 17), "named twice", "");
     check(&small("secrets = [\"A\"]\n[env]\nA = \"\""), (5, 1), "is a secret as well", "");
     check(&small(&format!("[env]\nA = {:?}", "x".repeat(40_000))), (4, 1), "more than 32768 bytes", "");
+    let many: String = (0..257).map(|n| format!("V{n} = \"\"\n")).collect();
+    check(&small(&format!("[env]\n{many}")), (3, 1), "has 257 variables; the most is 256", "");
 }
 
 #[test]

@@ -18,9 +18,10 @@ const QUOTA_BYTES_DEFAULT: u64 = 1 << 30;
 
 /// Made anew for each instance: nothing may be mounted at or below them.
 const OWN_MOUNTS: [&str; 5] = ["/proc", "/sys", "/dev", "/tmp", "/run"];
-/// A volume at one of these would hide the system or the app itself; below them is fine.
-const NEEDED: [&str; 10] =
-    ["/", "/app", "/bin", "/etc", "/lib", "/lib64", "/sbin", "/usr", "/usr/bin", "/usr/lib"];
+/// The image's system: nothing may be mounted at or below it, where some images are read-only.
+const SYSTEM: [&str; 9] = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/boot"];
+/// A volume at one of these would hide the app or what the image put there; below them is fine.
+const NEEDED: [&str; 5] = ["/", "/app", "/root", "/home", "/var"];
 
 pub(super) fn volumes(top: &Table<'_>) -> Result<BTreeMap<VolumeName, VolumeSpec>, ManifestError> {
     let mut volumes: BTreeMap<VolumeName, VolumeSpec> = BTreeMap::new();
@@ -57,7 +58,7 @@ fn path(item: &Item<'_>) -> Result<String, ManifestError> {
     const HELP: &str = "take a folder of its own, like `/data` or `/app/data`";
     let refused =
         |why: &str| Err(item.error(format!("a volume can't be at {}: {why}", quoted(path))).with_help(HELP));
-    let Some(relative) = path.strip_prefix('/') else { return refused("the path must begin with `/`") };
+    let Some(relative) = path.strip_prefix('/') else { return refused("the path is not absolute") };
     if path.len() > PATH_BYTES_MAX {
         return refused("the path is too long");
     }
@@ -69,6 +70,9 @@ fn path(item: &Item<'_>) -> Result<String, ManifestError> {
     }
     if let Some(taken) = OWN_MOUNTS.iter().find(|&&mount| is_in(path, mount)) {
         return refused(&format!("every instance has a {taken} of its own"));
+    }
+    if let Some(system) = SYSTEM.iter().find(|&&folder| is_in(path, folder)) {
+        return refused(&format!("{system} is the image's"));
     }
     if NEEDED.contains(&path) {
         return refused("it would hide what is there");

@@ -12,6 +12,9 @@ use crate::{Result, Store, StoreError, app};
 /// Names and values of one app together. All of it travels in one packet to the runner, beside the manifest's `env`.
 pub const CONFIG_BYTES_MAX: usize = 32 << 10;
 
+/// Variables of one app; with the manifest's `env` and what the agent sets, the runner takes 512.
+pub const CONFIG_NAMES_MAX: usize = 200;
+
 /// New values by name; none unsets.
 pub type ConfigChanges = BTreeMap<String, Option<String>>;
 
@@ -88,8 +91,13 @@ pub(crate) async fn change(
     apply(&mut config.values, changes);
     let bytes = config.values.iter().map(|(name, value)| name.len() + value.len()).sum();
     if bytes > CONFIG_BYTES_MAX {
-        let what = format!("the configuration of {app}, in bytes,");
+        let what = format!("bytes in the configuration of {app}");
         return Err(StoreError::TooMuch { what, found: bytes, limit: CONFIG_BYTES_MAX });
+    }
+    let names = config.values.len();
+    if names > CONFIG_NAMES_MAX {
+        let what = format!("variables in the configuration of {app}");
+        return Err(StoreError::TooMuch { what, found: names, limit: CONFIG_NAMES_MAX });
     }
     let names: Vec<&str> = changes.keys().map(String::as_str).collect();
     let message = format!("configuration {} of {app} changes {}", config.version, names.join(", "));

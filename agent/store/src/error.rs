@@ -71,7 +71,7 @@ pub enum StoreError {
     WrongPhase { deploy: DeployId, from: Phase, to: Phase, is: Phase },
     #[error("there is no deploy {0}")]
     NoDeploy(DeployId),
-    #[error("{what} would be {found}; the most is {limit}")]
+    #[error("{what}: {found} are too many; the most is {limit}")]
     TooMuch { what: String, found: usize, limit: usize },
     #[error("the value of {name} contains a NUL byte, which an environment can't hold")]
     NulByte { name: String },

@@ -27,7 +27,7 @@
 //!
 //! Everything that grows is pruned in the transaction that lets it grow; the bounds are constants beside the
 //! functions: [`event::EVENTS_MAX`], [`trouble::ERRORS_MAX`], [`instance::ENDED_KEPT`], [`deploy::DEPLOYS_KEPT`],
-//! [`deploy::STEPS_MAX`], [`config::CONFIG_BYTES_MAX`], [`secret::SECRETS_MAX`], [`secret::SECRET_BYTES_MAX`].
+//! [`deploy::STEPS_MAX`], [`config::CONFIG_BYTES_MAX`], [`config::CONFIG_NAMES_MAX`], [`secret::SECRETS_MAX`], [`secret::SECRET_BYTES_MAX`].
 
 #![forbid(unsafe_code)]
 

@@ -211,7 +211,7 @@ async fn add_version(
 fn check(name: &str, value: &SecretValue) -> Result<()> {
     let found = value.expose().len();
     if found > SECRET_BYTES_MAX {
-        let what = format!("the value of {name}, in bytes,");
+        let what = format!("bytes in the value of {name}");
         return Err(StoreError::TooMuch { what, found, limit: SECRET_BYTES_MAX });
     }
     if value.expose().contains('\0') {

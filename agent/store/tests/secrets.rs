@@ -160,6 +160,8 @@ async fn too_much_is_refused_and_nothing_is_changed() {
     let config = |value: &str| [("A".to_owned(), Some(value.to_owned()))].into();
     let long = "x".repeat(epagent_store::config::CONFIG_BYTES_MAX);
     assert!(matches!(store.config_change(&shop, &config(&long), 1).await, Err(StoreError::TooMuch { .. })));
+    let many = (0..=epagent_store::config::CONFIG_NAMES_MAX).map(|n| (format!("V{n}"), Some(String::new())));
+    assert!(matches!(store.config_change(&shop, &many.collect(), 1).await, Err(StoreError::TooMuch { .. })));
     assert!(matches!(store.config_change(&shop, &config("a\0"), 1).await, Err(StoreError::NulByte { .. })));
     assert_eq!(store.config(&shop).await.unwrap().unwrap(), Default::default());
     assert_eq!(store.config(&app("nobody")).await.unwrap(), None);
