@@ -94,7 +94,9 @@ impl Cause {
         log.drain(..log.len().saturating_sub(LOG_LINES_MAX));
         let (code, message, hint) = match self {
             Cause::Unpack { exit } => {
-                let why = log.last().cloned().unwrap_or_else(|| exit.to_string());
+                // The unpacker's last line names the entry it refused; without one, the exit says what there is to say.
+                let said = log.last().filter(|_| exit.start_error.is_none()).cloned();
+                let why = said.unwrap_or_else(|| format!("the unpacker {exit}"));
                 (
                     "archive_refused",
                     format!("unpacking the archive: {why}"),
