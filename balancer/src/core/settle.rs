@@ -151,11 +151,12 @@ impl Core {
             Role::Http(http) => match http.phase {
                 Phase::Head => Some(match http.head_since {
                     Some(since) => since + config.head_timeout_ms,
-                    None if self.stopping => {
-                        http.idle_since + config.client_idle_timeout_ms.min(Config::STOPPING_IDLE_MS)
-                    }
                     None if http.requests == 0 => http.idle_since + config.head_timeout_ms,
-                    None => http.idle_since + config.client_idle_timeout_ms,
+                    // It idles from when it had its last response, which may be long after we had it.
+                    None => {
+                        let most = if self.stopping { Config::STOPPING_IDLE_MS } else { Millis::MAX };
+                        http.idle_since.max(sock.moved_at) + config.client_idle_timeout_ms.min(most)
+                    }
                 }),
                 Phase::Exchange if !http.body_done() && sock.recv == Recv::Armed => {
                     Some(sock.moved_at + config.body_timeout_ms)

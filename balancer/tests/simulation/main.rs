@@ -6,7 +6,8 @@
 //! up between requests; without crashes every request gets its answer; a request that must not be repeated
 //! never reaches an app twice; shared buffers are never kept; nothing is left open at the end.
 //!
-//! `SIMULATION_SEEDS=N` runs more seeds, `SIMULATION_SEED=S` replays one.
+//! `SIMULATION_SEEDS=N` runs more seeds, `SIMULATION_SEED=S` replays one, `SIMULATION_TRACE=1`
+//! shows everything that passes between core and door.
 
 mod actors;
 mod world;

@@ -96,6 +96,7 @@ pub struct World {
     unadopted: HashMap<i32, usize>,
     live: Rc<Cell<usize>>,
     served: HashMap<u64, u32>,
+    traced: bool,
 }
 
 impl World {
@@ -122,6 +123,7 @@ impl World {
             unadopted: HashMap::new(),
             live: Rc::default(),
             served: HashMap::new(),
+            traced: std::env::var_os("SIMULATION_TRACE").is_some(),
         };
         world.push_table();
         world.core.add_listener(LISTENER, ListenerKind::Http);
@@ -339,15 +341,24 @@ impl World {
         }
         self.rng.shuffle(&mut groups);
         for completion in groups.into_iter().flatten() {
+            self.trace(&completion);
             self.core.handle(self.now, completion);
         }
         self.core.finish_batch(self.now);
         let ops: Vec<Op> = self.core.ops().drain(..).collect();
         for op in ops {
+            self.trace(&op);
             self.apply(op);
         }
         let trying = self.socks.values().filter(|sock| sock.trying).count();
         assert!(trying > 0 || self.live.get() == 0, "{} lent buffers are kept", self.live.get());
+    }
+
+    /// With `SIMULATION_TRACE` set, says everything that passes between core and door.
+    fn trace(&self, what: &dyn std::fmt::Debug) {
+        if self.traced {
+            eprintln!("{} {what:?}", self.now);
+        }
     }
 
     fn accept_some(&mut self, accepts: &mut VecDeque<usize>, groups: &mut Vec<Vec<Completion>>) {

@@ -1,0 +1,212 @@
+//! What the tests share: a balancer as a child process, little apps on loopback, a raw HTTP client.
+
+#![allow(dead_code, reason = "each test binary uses its own part of it")]
+
+pub mod app;
+pub mod client;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use epagent_balancer::control::client::Client as Control;
+use epagent_balancer::control::protocol::{Ack, Status, UpstreamStatus};
+use epagent_balancer::table::Table;
+
+/// Longer than anything here takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running balancer; killed when dropped.
+pub struct Balancer {
+    pub child: Child,
+    pub dir: tempfile::TempDir,
+    version: AtomicU64,
+    pub http: SocketAddr,
+}
+
+impl Balancer {
+    /// With one HTTP listener on a port of the system's choosing.
+    pub fn start(arguments: &[&str]) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_epagent-balancer"));
+        command.args(["--http", "127.0.0.1:0"]).arg("--control").arg(dir.path().join("control.sock"));
+        command.arg("--state").arg(dir.path()).args(arguments).stderr(Stdio::inherit());
+        Self::spawned(command.spawn().expect("the balancer starts"), dir)
+    }
+
+    /// With inherited listeners, as systemd would hand them over, and a control socket of its own.
+    pub fn inheriting(listeners: &[(&str, &TcpListener)], dir: tempfile::TempDir) -> Self {
+        let mut script = String::new();
+        for (index, (_, listener)) in listeners.iter().enumerate() {
+            let copy = nix::unistd::dup(listener).expect("a copy without close-on-exec");
+            let (source, target) = (copy.as_raw_fd(), 3 + index);
+            script.push_str(&format!("exec {target}<&{source}; "));
+            // Open until the child has been spawned, and of no use to anybody after that.
+            std::mem::forget(copy);
+        }
+        let names: Vec<&str> = listeners.iter().map(|(name, _)| *name).collect();
+        script.push_str("export LISTEN_PID=$$; exec \"$@\"");
+        let mut command = Command::new("bash");
+        command.args(["-c", &script, "bash", env!("CARGO_BIN_EXE_epagent-balancer")]);
+        command.arg("--control").arg(dir.path().join("control.sock")).arg("--state").arg(dir.path());
+        command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
+        Self::spawned(command.spawn().expect("the balancer starts"), dir)
+    }
+
+    fn spawned(child: Child, dir: tempfile::TempDir) -> Self {
+        let none = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut balancer = Self { child, dir, version: AtomicU64::new(0), http: none };
+        let status = poll("the balancer answers on its control socket", || balancer.try_status());
+        balancer.version.store(status.table_version, Ordering::Relaxed);
+        if let Some(listener) = status.listeners.iter().find(|listener| listener.name == "http") {
+            balancer.http = listener.address.parse().expect("an address");
+        }
+        balancer
+    }
+
+    pub fn control_path(&self) -> PathBuf {
+        self.dir.path().join("control.sock")
+    }
+
+    pub fn control(&self) -> Control {
+        Control::connect(&self.control_path(), PATIENCE).expect("the control socket")
+    }
+
+    fn try_status(&self) -> Option<Status> {
+        Control::connect(&self.control_path(), PATIENCE).ok()?.status().ok()
+    }
+
+    pub fn status(&self) -> Status {
+        self.control().status().expect("a status")
+    }
+
+    pub fn upstream(&self, id: &str) -> UpstreamStatus {
+        let status = self.status();
+        status.upstreams.into_iter().find(|upstream| upstream.id == id).expect("a known upstream")
+    }
+
+    /// Pushes a table with these routes (JSON), under the next version.
+    pub fn routes(&self, routes: &str) -> Ack {
+        let version = self.version.fetch_add(1, Ordering::Relaxed) + 1;
+        let text = format!(r#"{{"version":{version},"routes":[{routes}]}}"#);
+        let table: Table = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        self.control().set_table(&table).expect("the table is taken")
+    }
+
+    /// One HTTP host, and its upstreams with their states.
+    pub fn route(&self, host: &str, upstreams: &[(&str, SocketAddr, &str)]) -> Ack {
+        self.routes(&host_route(host, upstreams))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Open descriptors of the process.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("its descriptors").count()
+    }
+
+    /// Resident memory of the process, in KiB.
+    pub fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("its status");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
+        line.split_whitespace().nth(1).expect("a size").parse().expect("a number")
+    }
+
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.pid() as i32);
+        nix::sys::signal::kill(pid, signal).expect("it can be signalled");
+    }
+
+    /// Kills it, and returns its folder for the next one.
+    pub fn kill(mut self) -> tempfile::TempDir {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        std::mem::replace(&mut self.dir, tempfile::tempdir().expect("a folder"))
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn host_route(host: &str, upstreams: &[(&str, SocketAddr, &str)]) -> String {
+    format!(r#"{{"id":"{host}","match":{{"host":"{host}"}},"action":{}}}"#, proxy(upstreams))
+}
+
+pub fn port_route(port: u16, upstreams: &[(&str, SocketAddr, &str)]) -> String {
+    format!(r#"{{"id":"port-{port}","match":{{"port":{port}}},"action":{}}}"#, proxy(upstreams))
+}
+
+pub fn proxy(upstreams: &[(&str, SocketAddr, &str)]) -> String {
+    let upstream = |(id, address, state): &(&str, SocketAddr, &str)| {
+        format!(r#"{{"id":"{id}","address":"{address}","state":"{state}"}}"#)
+    };
+    let upstreams: Vec<String> = upstreams.iter().map(upstream).collect();
+    format!(r#"{{"proxy":{{"upstreams":[{}]}}}}"#, upstreams.join(","))
+}
+
+/// Waits until `attempt` has something to give.
+pub fn poll<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = attempt() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "gave up waiting until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Waits until something holds.
+pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    poll(what, || holds().then_some(()));
+}
+
+/// An address that nobody listens on: it was the system's choice a moment ago.
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port")
+}
+
+/// FNV-1a, enough to tell two streams apart.
+pub fn checksum(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// Bytes that repeat nowhere soon.
+pub fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        bytes.extend_from_slice(&next().to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// Reads whatever comes until the end or an error; the error, if that was the end.
+pub fn read_all(mut stream: impl Read) -> (Vec<u8>, Option<std::io::ErrorKind>) {
+    let mut bytes = Vec::new();
+    let end = stream.read_to_end(&mut bytes).err().map(|error| error.kind());
+    (bytes, end)
+}
+
+pub fn write_all(mut stream: impl Write, bytes: &[u8]) {
+    stream.write_all(bytes).expect("the bytes are taken");
+}
