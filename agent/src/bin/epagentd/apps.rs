@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use epagent_core::app::{Crash, plan};
 use epagent_core::name::{AppName, JailId, ProcessName};
+use epagent_core::verdict::Cause;
 use epagent_store::{Store, StoreError, Wanted};
 use tokio::sync::Notify;
 
@@ -182,10 +183,18 @@ impl AppLoop {
     }
 
     async fn run(mut self) {
+        // A calm app that only the clock woke may be judged by the last picture of the world: nothing of it has been
+        // changed since. Otherwise the picture must be newer than what was done or told.
+        let mut fresh = true;
         loop {
-            let pause = match self.round().await {
+            let outcome = self.round(fresh).await;
+            let calm = matches!(outcome, Ok(Pace::Calm));
+            let pause = match outcome {
                 Ok(Pace::Gone) => return,
-                Ok(Pace::Again) => continue,
+                Ok(Pace::Again) => {
+                    fresh = true;
+                    continue;
+                }
                 Ok(Pace::Busy) => PACE_BUSY,
                 Ok(Pace::Calm) => {
                     self.trouble = None;
@@ -197,10 +206,10 @@ impl AppLoop {
                     PACE_TROUBLE
                 }
             };
-            tokio::select! {
-                () = self.wake.notified() => {}
-                () = tokio::time::sleep(pause) => {}
-            }
+            fresh = tokio::select! {
+                () = self.wake.notified() => true,
+                () = tokio::time::sleep(pause) => !calm,
+            };
         }
     }
 
@@ -218,13 +227,18 @@ impl AppLoop {
         }
     }
 
-    async fn round(&mut self) -> Result<Pace, RoundError> {
+    async fn round(&mut self, fresh: bool) -> Result<Pace, RoundError> {
         let Some(app) = self.parts.store.app(&self.app).await? else {
             self.parts.routing.remove(&self.app);
             self.parts.checks.keep(&self.app, Vec::new());
             return Ok(Pace::Gone);
         };
-        let Some(world) = self.parts.worlds.fresh().await else { return Ok(Pace::Away) };
+        let latest = if fresh { None } else { self.parts.worlds.latest() };
+        let world = match latest {
+            Some(world) => Some(world),
+            None => self.parts.worlds.fresh().await,
+        };
+        let Some(world) = world else { return Ok(Pace::Away) };
         let mut seen = self.look(&app, &world).await?;
         self.parts.checks.keep(&self.app, seen.subjects());
         let routes = table::routes(&self.app, &seen.view, &seen.addresses);
@@ -233,6 +247,12 @@ impl AppLoop {
             self.see_in_flight(&mut seen).await;
         }
 
+        if app.wanted == Wanted::Removed
+            && let Some(deploy) = seen.deploy.as_ref().filter(|deploy| !deploy.phase.has_switched())
+        {
+            self.give_up(deploy, Cause::Canceled, None).await?;
+            return Ok(Pace::Again);
+        }
         if self.build(&mut seen, &world).await? {
             return Ok(Pace::Again);
         }

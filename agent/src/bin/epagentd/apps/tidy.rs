@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 
 use epagent_core::name::JailId;
-use epagent_core::verdict::Cause;
 use epagent_store::ReleaseState;
 use epagent_wire::runner::{JailState, RefusalCode, Request, World};
 
@@ -12,7 +11,6 @@ use super::look::Seen;
 use super::{AppLoop, RoundError};
 use crate::clock;
 use crate::runner::CallError;
-use crate::uploads;
 
 impl AppLoop {
     /// Ends and removes jails of the app that no row, deploy or user speaks of, and trees that are not being built
@@ -95,12 +93,6 @@ impl AppLoop {
 
     /// The last step of the app's removal, when nothing of it runs any more.
     pub(super) async fn remove(&self, world: &World) -> Result<(), RoundError> {
-        if let Some(deploy) = self.parts.store.deploy_under_way(&self.app).await? {
-            uploads::remove(&self.parts.config, deploy.id);
-            if !deploy.phase.has_switched() {
-                self.give_up(&deploy, Cause::Canceled, None).await?;
-            }
-        }
         if world.apps.contains(&self.app) {
             self.call("removing the app's files", Request::AppRemove { app: self.app.clone() }).await?;
         }
