@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use epagent_core::name::{NameError, ProcessName};
-use epagent_core::spec::{AppSpec, ProcessSpec, Strategy};
+use epagent_core::spec::{AppSpec, Strategy};
 use toml::de::DeTable;
 
 use super::error::{Source, quoted};
@@ -42,7 +42,6 @@ pub fn parse_toml(file_name: &str, text: &str, overrides: &Overrides) -> Result<
     for (name, table) in names {
         let is_routed = routes.iter().any(|route| route.process == name);
         let process = process::process(&table, is_routed, default_strategy(volumes.is_empty()))?;
-        refuse_two_writers(&table, &process, volumes.is_empty())?;
         processes.insert(name, process);
     }
     let build = build(&top)?;
@@ -175,21 +174,4 @@ fn process_names<'d>(top: &Table<'d>) -> Result<Vec<(ProcessName, Table<'d>)>, M
 
 fn default_strategy(without_volumes: bool) -> Strategy {
     if without_volumes { Strategy::Overlap } else { Strategy::Replace }
-}
-
-/// While releases overlap, the old and the new one would both write to the volume.
-fn refuse_two_writers(
-    table: &Table<'_>,
-    process: &ProcessSpec,
-    without_volumes: bool,
-) -> Result<(), ManifestError> {
-    if without_volumes || process.deploy == Strategy::Replace {
-        return Ok(());
-    }
-    let message =
-        "`deploy = \"overlap\"` in an app with a volume: two releases would write to it at the same time";
-    let error = table.get("deploy").map_or_else(|| table.error(message), |item| item.error(message));
-    Err(error.with_help(
-        "leave it out: an app with a volume deploys by \"replace\", which holds requests meanwhile",
-    ))
 }

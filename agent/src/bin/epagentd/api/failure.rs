@@ -52,6 +52,9 @@ impl IntoResponse for Failure {
 
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
+        if matches!(error, StoreError::TooMuch { .. } | StoreError::NulByte { .. }) {
+            return Self::bad_request(error.to_string());
+        }
         let hint = "see `epagent errors` and the agent's log";
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "store_failed", chain(&error), hint)
     }
