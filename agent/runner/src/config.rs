@@ -11,6 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use epagent_isolation::net::Cidr;
 use serde::{Deserialize, Deserializer, de};
 
 /// Ids in the range of one app, as the user namespaces of the instances have them.
@@ -104,8 +105,8 @@ pub struct Network {
     /// Where name server queries of the instances go.
     pub resolvers: Vec<IpAddr>,
     /// Private destinations that instances may reach all the same: a company's proxy.
-    #[serde(default)]
-    pub allow: Vec<String>,
+    #[serde(default, deserialize_with = "cidrs")]
+    pub allow: Vec<Cidr>,
 }
 
 /// What builds get beside what their manifest says.
@@ -197,7 +198,10 @@ impl Config {
             return Some(("cgroup.root", format!("{root:?} is not a relative path without `..`")));
         }
         let last = u64::from(self.ids.base) + u64::from(self.ids.ranges) * u64::from(IDS_PER_RANGE);
-        if self.ids.base == 0 || !self.ids.base.is_multiple_of(IDS_PER_RANGE) || last >= u64::from(u32::MAX) {
+        if self.ids.base == 0
+            || !self.ids.base.is_multiple_of(IDS_PER_RANGE)
+            || last > u64::from(u32::MAX) + 1
+        {
             return Some((
                 "ids.base",
                 format!("{} is not a multiple of {IDS_PER_RANGE} with room above", self.ids.base),
@@ -220,6 +224,12 @@ impl Config {
     /// How many jails can have an address at once: each has a /31 of the block.
     pub fn slots(&self) -> u32 {
         (1u32 << (31 - u32::from(self.network.v4.len))).min(SLOTS_MAX)
+    }
+
+    /// How many id ranges there are. The highest id of all is nobody's (`(uid_t) -1`), nor is the range it lies in.
+    pub fn ranges(&self) -> u16 {
+        let last = self.ids.base.wrapping_add(u32::from(self.ids.ranges).wrapping_mul(IDS_PER_RANGE));
+        if last == 0 { self.ids.ranges - 1 } else { self.ids.ranges }
     }
 
     /// The first host id of one range; `range` is below `ids.ranges`.
@@ -301,6 +311,11 @@ impl<A: FromStr> FromStr for Block<A> {
     }
 }
 
+fn cidrs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Cidr>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    texts.iter().map(|text| text.parse().map_err(de::Error::custom)).collect()
+}
+
 macro_rules! deserialize_from_text {
     ($($type:ty),*) => {$(
         impl<'de> Deserialize<'de> for $type {
@@ -368,7 +383,15 @@ cpu = "200%"
         assert_eq!(config.slots(), 2048);
         assert_eq!(config.build.deadline.ms, 1_800_000);
         assert!(matches!(config.pool, Pool::Loop { size: Bytes(size), .. } if size == 6 << 30));
-        assert_eq!(config.range_base(1), 2197815296 + 65536);
+        assert_eq!((config.ranges(), config.range_base(1)), (256, 2197815296 + 65536));
+    }
+
+    #[test]
+    fn the_last_nodes_last_range_is_nobodys() {
+        let text = EXAMPLE.replace("base = 2197815296", "base = 4278190080");
+        let config: Config = toml::from_str(&text).unwrap();
+        assert!(config.fault().is_none());
+        assert_eq!(config.ranges(), 255);
     }
 
     #[test]
@@ -393,6 +416,7 @@ cpu = "200%"
             ("cpu = \"200%\"", "cpu = \"200\""),
             ("deadline = \"30m\"", "deadline = \"soon\""),
             ("/20\"", "/8\""),
+            ("allow = []", "allow = [\"proxy\"]"),
             ("state_dir = \"/d", "state_dir = \"d"),
         ] {
             let text = EXAMPLE.replacen(from, to, 1);

@@ -212,11 +212,11 @@ impl View<'_> {
         if self.tables.apps.contains_key(app) {
             return Ok(Plan::Nothing);
         }
-        match self.tables.free_range(self.config.ids.ranges) {
+        match self.tables.free_range(self.config.ranges()) {
             Some(range) => Ok(Plan::Work(Work::AppEnsure(AppRecord { app: app.clone(), range }))),
             None => refuse(
                 RefusalCode::Exhausted,
-                format!("all {} id ranges of this node are taken", self.config.ids.ranges - 1),
+                format!("all {} id ranges of this node are taken", self.config.ranges() - 1),
             ),
         }
     }
