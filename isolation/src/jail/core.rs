@@ -184,7 +184,7 @@ impl Core {
                 self.init_pid = Some(pid);
                 Vec::new()
             }
-            Input::FromInit(message) => self.from_init(message, now_us),
+            Input::FromInit(message) => self.told_by_init(message, now_us),
             Input::StartFailed { step, error } => {
                 self.fail_start(step, error, 125);
                 // Without an init there is nobody whose end could be waited for.
@@ -213,7 +213,7 @@ impl Core {
         }
     }
 
-    fn from_init(&mut self, message: FromInit, now_us: u64) -> Vec<Action> {
+    fn told_by_init(&mut self, message: FromInit, now_us: u64) -> Vec<Action> {
         match message {
             FromInit::Alive => vec![to_init(ToInit::Go)],
             FromInit::Started { notes } => {

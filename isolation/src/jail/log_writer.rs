@@ -194,7 +194,7 @@ impl Writer {
 /// The folder belongs to the agent alone, yet nothing in it is followed.
 fn create(folder: BorrowedFd<'_>, name: &str, flags: OFlags) -> io::Result<File> {
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(File::from(rustix::fs::openat(folder, name, flags, Mode::from_raw_mode(0o640))?))
+    Ok(File::from(rustix::fs::openat(folder, name, flags, Mode::from_raw_mode(0o644))?))
 }
 
 /// `2026-11-22T03:15:00.123456Z`. Days to civil date after Howard Hinnant, "chrono-Compatible Low-Level Date

@@ -1,44 +1,22 @@
-//! The instance's network: veth pairs, the node's nft table, forwarding.
+//! The instance's network: routed veth pairs, the node's packet filter, forwarding.
+//!
+//! ```text
+//!  instance eth0 ═══ /31, /127 ═══ ep<node>-<slot> host ── forward, masquerade ── uplink
+//!                                        │ input: only answers           (table inet epagent_<node>)
+//!                                        │ port 53: to the configured resolvers
+//!                                        └ other instances, private ranges: refused
+//! ```
+//!
+//! There is no bridge, so there are no neighbours to spoof. The filter is one static table per node that matches
+//! links by name; no rule comes or goes with an instance.
 
 pub(crate) mod link;
 pub(crate) mod rtnl;
 
-use std::net::IpAddr;
+mod firewall;
+mod forwarding;
+mod resolvers;
 
-use crate::error::Error;
-
-/// What the packet filter of a node has to know.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FirewallConfig {
-    pub node: u16,
-    /// Where port 53 at the gateways is redirected to. None on loopback ([`resolvers`] gives fitting ones).
-    pub resolvers: Vec<IpAddr>,
-    /// Private destinations that are allowed all the same, as `addr/len`: a company proxy.
-    pub allowed: Vec<String>,
-}
-
-/// Installs (or replaces, in one transaction) the table `inet epagent_<node>`.
-pub fn install_firewall(_config: &FirewallConfig) -> Result<(), Error> {
-    Ok(Default::default())
-}
-
-/// Removes the node's table; fine when there is none.
-pub fn remove_firewall(_node: u16) -> Result<(), Error> {
-    Ok(Default::default())
-}
-
-/// Lets the uplinks (interfaces with a default route) forward, remembering what was. Nodes on one kernel share the
-/// memory; the last one to call [`disable_forwarding`] puts it back.
-pub fn enable_forwarding(_node: u16) -> Result<(), Error> {
-    Ok(Default::default())
-}
-
-/// Undoes [`enable_forwarding`] when no other node needs it.
-pub fn disable_forwarding(_node: u16) -> Result<(), Error> {
-    Ok(Default::default())
-}
-
-/// The host's name servers that an instance can be redirected to.
-pub fn resolvers() -> Result<Vec<IpAddr>, Error> {
-    Ok(Default::default())
-}
+pub use firewall::{Cidr, FirewallConfig, install_firewall, remove_firewall};
+pub use forwarding::{disable_forwarding, enable_forwarding};
+pub use resolvers::resolvers;

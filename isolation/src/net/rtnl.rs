@@ -119,7 +119,7 @@ impl Rtnl {
     pub(crate) fn links(&mut self) -> io::Result<Vec<Link>> {
         let mut links = Vec::new();
         self.dump(libc::RTM_GETLINK, Message::link(0, 0, 0), |body| {
-            let index = body.get(4..8).map_or(0, |bytes| number(bytes));
+            let index = body.get(4..8).map_or(0, number);
             let name = attributes(body.get(16..).unwrap_or_default())
                 .find(|(kind, _)| *kind == libc::IFLA_IFNAME)
                 .map(|(_, value)| String::from_utf8_lossy(value).trim_end_matches('\0').to_owned());

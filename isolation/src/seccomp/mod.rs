@@ -11,6 +11,7 @@
 //! The kernel takes the strictest answer; between two errnos, that of the filter installed last. So `refuse` is
 //! installed last.
 
+#[rustfmt::skip] // One call a line would hide the groups.
 mod table;
 
 use std::collections::BTreeMap;
