@@ -71,11 +71,14 @@ impl Core {
     fn settle_recv(&mut self, id: SockId) {
         let Some(sock) = self.socks.get(id) else { return };
         let (wanted, cautious) = self.wants_recv(sock);
+        let now = self.now;
         let Some(sock) = self.socks.get_mut(id) else { return };
         sock.cautious |= cautious;
         match (wanted, sock.recv) {
             (true, Recv::Off) => {
                 sock.recv = Recv::Armed;
+                // It could not send while we did not take: its time begins now.
+                sock.moved_at = now;
                 let mode = if sock.cautious || sock.is_waiting() { RecvMode::Once } else { RecvMode::Many };
                 self.out.push(Op::Recv { sock: id, mode });
             }

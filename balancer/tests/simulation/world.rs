@@ -324,7 +324,7 @@ impl World {
 
     /// A new connection of a client.
     fn dial(&mut self, client: usize) -> usize {
-        let window = 1 + self.rng.below(100_000) as usize;
+        let window = 64 + self.rng.below(100_000) as usize;
         self.conns.push((Conn { window, ..Conn::default() }, Far::Client(client)));
         self.conns.len() - 1
     }
@@ -496,7 +496,7 @@ impl World {
         let app = usize::from(ip.octets()[3]);
         assert!(!self.holding || self.apps[app].state == "up", "a connect to an app that is not up");
         assert_eq!(self.apps[app].state, "up", "a connect to an app that is not up");
-        let window = 1 + self.rng.below(100_000) as usize;
+        let window = 64 + self.rng.below(100_000) as usize;
         self.conns.push((Conn { window, ..Conn::default() }, Far::App { app, conn: AppConn::default() }));
         self.insert(sock, self.conns.len() - 1);
         let shortage = self.rng.one_in(100);
