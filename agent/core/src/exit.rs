@@ -19,6 +19,11 @@ pub struct Exit {
 }
 
 impl Exit {
+    /// Nothing is known of it: the runner had no record of it any more, so that it did not end by itself.
+    pub fn is_unknown(&self) -> bool {
+        *self == Self { at_ms: self.at_ms, ..Self::default() }
+    }
+
     pub fn success(&self) -> bool {
         self.code == Some(0) && self.start_error.is_none() && !self.out_of_memory && !self.past_deadline
     }
@@ -40,7 +45,9 @@ impl fmt::Display for Exit {
             (Some(signal), _) => write!(f, "was killed by {}", SignalName(signal)),
             (None, Some(code)) => write!(f, "ended with exit code {code}"),
             (None, None) if self.monitor_lost => f.write_str("ended together with its monitor"),
-            (None, None) => f.write_str("ended in an unknown way"),
+            (None, None) => {
+                f.write_str("was gone when the agent looked for it, as after a stop of the whole node")
+            }
         }
     }
 }

@@ -111,7 +111,8 @@ impl AppLoop {
         let Some(row) = seen.rows.get(id) else { return Ok(()) };
         let found = seen.view.instances.iter().find(|instance| instance.id == *id);
         let Some(InstanceState::Exited(exit)) = found.map(|instance| &instance.state) else { return Ok(()) };
-        let by_itself = row.state != state::STOPPING && row.state != state::DRAINING;
+        let was_asked = row.state == state::STOPPING || row.state == state::DRAINING;
+        let by_itself = !was_asked && !exit.is_unknown();
         let serves = seen.view.serving.as_ref().is_some_and(|serving| serving.deploy == row.deploy);
         if by_itself && serves {
             let lived_ms = clock::now_ms().saturating_sub(row.created_at_ms);

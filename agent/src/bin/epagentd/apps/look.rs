@@ -113,9 +113,7 @@ impl AppLoop {
                 seen.unstarted.push(row.jail.clone());
                 InstanceState::Starting
             }
-            None => {
-                InstanceState::Exited(Exit { monitor_lost: true, at_ms: clock::now_ms(), ..Exit::default() })
-            }
+            None => InstanceState::Exited(Exit { at_ms: clock::now_ms(), ..Exit::default() }),
             Some(JailState::Starting | JailState::Running) => match row.state.as_str() {
                 state::DRAINING => {
                     let since_ms = *self.draining.entry(row.jail.clone()).or_insert_with(clock::now_ms);
