@@ -126,6 +126,74 @@ fn all_tenants_together_leave_the_reserve() {
     pool.close().unwrap();
 }
 
+/// Fills data, empties most of it again, then makes small files until something gives way.
+fn flood(pool: &Pool, dir: &OwnedFd) -> std::io::Error {
+    let block = vec![7u8; 256 << 10];
+    let mut files = 0;
+    while fs::write(at(dir, &format!("data-{files}")), &block).is_ok() {
+        files += 1;
+        if files % 256 == 0 {
+            pool.sync().unwrap();
+        }
+    }
+    for n in (0..files).filter(|n| n % 10 != 0) {
+        fs::remove_file(at(dir, &format!("data-{n}"))).unwrap();
+    }
+    pool.sync().unwrap();
+    let inline = [1u8; 2000];
+    (0..1_000_000).find_map(|n| fs::write(at(dir, &format!("small-{n}")), inline).err()).unwrap()
+}
+
+#[test]
+fn a_flood_of_small_files_leaves_the_neighbours_and_the_agent_their_room() {
+    let site = Site::new();
+    let pool = site.open();
+    let neighbour = pool.volume_ensure(&app("modest"), &volume("data"), Quota::mib(16)).unwrap();
+    let limit = pool.usage().unwrap().tenant_limit_bytes - (16 << 20);
+    let greedy = pool.volume_ensure(&app("greedy"), &volume("data"), Quota::bytes(limit)).unwrap();
+    let error = flood(&pool, &greedy);
+    assert_eq!(error.raw_os_error(), Some(EDQUOT), "his own quota, not a full disk: {error}");
+    for n in 0..500 {
+        fs::write(at(&neighbour, &format!("small-{n}")), [1u8; 2000]).unwrap();
+    }
+    fill(&at(&neighbour, "big"), 4 * MIB).unwrap();
+    pool.log_dir_ensure(&instance("web-1"), Quota::mib(1)).unwrap();
+    drop((neighbour, greedy));
+    pool.volume_remove(&app("greedy"), &volume("data")).unwrap();
+    pool.close().unwrap();
+}
+
+#[test]
+fn a_volume_can_be_removed_when_nothing_else_works_any_more() {
+    let site = Site::new();
+    // As mkfs makes it: metadata apart and twice, which a flood can exhaust.
+    let made = Command::new("sh")
+        .args([
+            "-c",
+            "truncate -s 256M \"$1\" && mkfs.btrfs -q \"$1\" && mkdir \"$2\" && mount \"$1\" \"$2\"",
+            "-",
+        ])
+        .arg(site.file())
+        .arg(site.mount_point())
+        .output()
+        .unwrap();
+    assert!(made.status.success());
+    let mut config = PoolConfig::existing(site.mount_point());
+    config.reserve_bytes = Some(RESERVE_BYTES);
+    let pool = Pool::open_or_create(&config).unwrap();
+    let dir = pool.volume_ensure(&app("greedy"), &volume("data"), Quota::bytes(POOL_BYTES)).unwrap();
+    let error = flood(&pool, &dir);
+    assert_eq!(error.raw_os_error(), Some(28), "{error}");
+    let refused = pool.log_dir_ensure(&instance("web-1"), Quota::mib(1)).unwrap_err();
+    assert!(matches!(refused, Error::PoolFull { .. }), "{refused}");
+    drop(dir);
+    pool.volume_remove(&app("greedy"), &volume("data")).unwrap();
+    eventually("there is room again", || pool.log_dir_ensure(&instance("web-1"), Quota::mib(1)).is_ok());
+    assert_eq!(pool.volume_list().unwrap(), []);
+    assert_idle(&site);
+    pool.close().unwrap();
+}
+
 #[test]
 fn hostile_nested_subvolumes_go_with_their_volume() {
     let site = Site::new();

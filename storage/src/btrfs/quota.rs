@@ -103,13 +103,14 @@ impl Btrfs {
         sys::qgroup_limit(&self.root, group, Counted::Referenced, self.tenant_limit_bytes()?).map_err(failed)
     }
 
-    /// What is left for tenants: all bytes, less what metadata has taken (with its copies), less the reserve.
+    /// What is left for tenants: all bytes, less the chunks that are metadata's alone (with their copies), less the
+    /// reserve. Exact where data and metadata share chunks, as in every loop file; elsewhere as of now.
     pub(crate) fn tenant_limit_bytes(&self) -> Result<u64> {
         let space =
             rustix::fs::fstatvfs(&self.root).map_err(|e| Error::io("read the size of", super::POOL, e))?;
-        let metadata = sys::metadata_raw_bytes(&self.root)
-            .map_err(|e| Error::io("read the space of", super::POOL, e))?;
-        Ok((space.f_blocks * space.f_frsize).saturating_sub(metadata).saturating_sub(self.reserve_bytes))
+        let chunks = sys::space(&self.root).map_err(|e| Error::io("read the space of", super::POOL, e))?;
+        let taken_bytes = chunks.metadata_raw_bytes.saturating_add(self.reserve_bytes);
+        Ok((space.f_blocks * space.f_frsize).saturating_sub(taken_bytes))
     }
 
     pub(super) fn new_group(&self, quota: Quota) -> Result<Fence> {

@@ -148,13 +148,31 @@ impl Pool {
         self.finish(&Slot::New(place.clone()))?;
         self.finish(&Slot::Old(place.clone()))?;
         if self.engine.exists(&place.path())? {
-            let mut held = self.begin(&Slot::Old(place.clone()))?;
-            self.engine.run(&mut held, &plan::remove(place))?;
+            match self.remove_recorded(place) {
+                Err(Error::PoolFull { .. }) => self.remove_at_once(place)?,
+                other => other?,
+            }
             self.engine.tidy_folder(place)?;
             // Best effort: the kernel is still freeing what we deleted, and the next removal or sweep looks again.
             let _ = self.engine.backend.collect_fences();
         }
         Ok(())
+    }
+
+    fn remove_recorded(&self, place: &Place) -> Result<()> {
+        let mut held = self.begin(&Slot::Old(place.clone()))?;
+        self.engine.run(&mut held, &plan::remove(place))
+    }
+
+    /// When not even a record has room, deleting is the one thing that still works (btrfs keeps a reserve for it) and
+    /// the one that helps. Cut short, it may leave the object without what was nested in it; asking again removes it.
+    fn remove_at_once(&self, place: &Place) -> Result<()> {
+        match self.engine.open_place(place) {
+            Ok(tree) => self.engine.backend.destroy(tree, &place.to_string())?,
+            Err(Error::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        self.engine.backend.commit()
     }
 
     /// A changed quota takes effect at once. With quotas off what exists is used as it is.

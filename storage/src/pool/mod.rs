@@ -290,6 +290,10 @@ fn remarks(engine: &Engine, health: QuotaHealth, mode: QuotaMode) -> Result<Vec<
         }
         QuotaHealth::Off => remarks.push("quotas were switched off; no limit holds".into()),
     }
+    if !sys::space(engine.root()).map_err(|e| Error::io("read the space of", "the pool", e))?.is_mixed {
+        remarks
+            .push("data and metadata have chunks apart: very many small files can use up the reserve".into());
+    }
     if mode == QuotaMode::Ordinary {
         remarks.push(
             "ordinary qgroups: the reserve is not enforced, and nested subvolumes escape limits".into(),

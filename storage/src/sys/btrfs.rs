@@ -264,26 +264,32 @@ struct SpaceArgs<const N: usize> {
     spaces: [[u64; 3]; N],
 }
 
-/// Raw bytes of all devices taken by metadata and system chunks, copies included.
-pub(crate) fn metadata_raw_bytes(fs: impl AsFd) -> io::Result<u64> {
+/// How the file system divides its devices.
+pub(crate) struct Space {
+    /// Raw bytes taken by chunks that hold no data, copies included.
+    pub(crate) metadata_raw_bytes: u64,
+    /// Data and metadata share chunks.
+    pub(crate) is_mixed: bool,
+}
+
+pub(crate) fn space(fs: impl AsFd) -> io::Result<Space> {
     const SLOTS: usize = 32;
     const DATA: u64 = 1;
-    const SYSTEM: u64 = 1 << 1;
     const METADATA: u64 = 1 << 2;
     const TWO_COPIES: u64 = 1 << 4 | 1 << 5 | 1 << 6; // RAID1, DUP, RAID10
     const GLOBAL_RESERVE: u64 = 1 << 49;
     let mut args = SpaceArgs::<SLOTS> { slots: SLOTS as u64, total: 0, spaces: [[0; 3]; SLOTS] };
     ioctl(fs.as_fd(), iowr(20, 16), &mut args)?;
-    let raw = args.spaces.iter().take(args.total.min(SLOTS as u64) as usize).map(|&[flags, total, _used]| {
-        if flags & GLOBAL_RESERVE != 0 || flags & (SYSTEM | METADATA) == 0 || flags & DATA != 0 {
-            0
-        } else if flags & TWO_COPIES != 0 {
-            total * 2
-        } else {
-            total
+    let mut space = Space { metadata_raw_bytes: 0, is_mixed: false };
+    for &[flags, total, _used] in args.spaces.iter().take(args.total.min(SLOTS as u64) as usize) {
+        match flags {
+            _ if flags & GLOBAL_RESERVE != 0 => {}
+            _ if flags & DATA != 0 => space.is_mixed |= flags & METADATA != 0,
+            _ if flags & TWO_COPIES != 0 => space.metadata_raw_bytes += total * 2,
+            _ => space.metadata_raw_bytes += total,
         }
-    });
-    Ok(raw.sum())
+    }
+    Ok(space)
 }
 
 #[repr(C)]
