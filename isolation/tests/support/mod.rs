@@ -100,6 +100,20 @@ impl Node {
         }
     }
 
+    /// A jail that runs the ignored test `name` of this very test binary, and the descriptor to give as a mount.
+    pub fn itself(&self, id: &str, name: &str, env: &[(&str, &str)]) -> (JailSpec, File) {
+        let mut spec = self.shell(id, "");
+        spec.mounts.push(MountSpec {
+            target: path("/itself"),
+            source: MountSource::Descriptor { index: 1, idmap: true, recursive: false },
+            read_only: true,
+            no_exec: false,
+        });
+        let argv = ["/itself", "--ignored", "--exact", name, "--nocapture"].map(str::to_owned).to_vec();
+        spec.program = Program::Exec { argv, cwd: path("/tmp"), env: environment(env) };
+        (spec, File::open(std::env::current_exe().unwrap()).unwrap())
+    }
+
     pub fn logs(&self, id: &str) -> PathBuf {
         let dir = self.dir.join(format!("logs-{id}"));
         fs::create_dir_all(&dir).unwrap();
