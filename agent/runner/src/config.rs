@@ -54,7 +54,7 @@ pub struct Config {
     pub run_dir: PathBuf,
     pub jail_binary: PathBuf,
     pub unpack_binary: PathBuf,
-    /// The only uid beside 0 that may speak to the runner.
+    /// The only uid beside 0 that may speak to the runner; its group has the same number and may read logs.
     pub brain_uid: u32,
     /// Whether the image `host` exists: the host's own /usr, for `epagent dev`.
     #[serde(default)]

@@ -60,7 +60,8 @@ pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
     let boot = boot_id()?;
     let mut live = pool.live_set()?;
     let found = sweep::survey(&cgroups)?;
-    let site = Site { pool: &pool, disk: &disk, cgroups: &cgroups, sockets: sockets.path() };
+    let reader_gid = config.brain_uid;
+    let site = Site { pool: &pool, disk: &disk, cgroups: &cgroups, sockets: sockets.path(), reader_gid };
     let tables = tables(records, &found, &boot, &site)?;
     live.staging = staging_in_use(&tables);
     live.instances = tables.jails.keys().filter_map(|jail| instance_id(jail).ok()).collect();

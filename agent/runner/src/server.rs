@@ -251,7 +251,13 @@ impl Server {
     }
 
     pub fn site(&self) -> Site<'_> {
-        Site { pool: &self.pool, disk: &self.disk, cgroups: &self.cgroups, sockets: self.sockets.path() }
+        Site {
+            pool: &self.pool,
+            disk: &self.disk,
+            cgroups: &self.cgroups,
+            sockets: self.sockets.path(),
+            reader_gid: self.config.brain_uid,
+        }
     }
 
     pub fn ground(&self) -> Ground<'_> {

@@ -14,7 +14,8 @@ use epagent_storage::{self as storage, Base, ImageId, Pool, Quota, StagingId};
 use epagent_wire::name::{AppName, ImageName, JailId, ReleaseNumber, VolumeName};
 use epagent_wire::runner::{Refusal, RefusalCode};
 use nix::errno::Errno;
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::{Gid, fchown};
 use serde::{Deserialize, Serialize};
 
 use crate::disk::{Disk, DiskError};
@@ -173,6 +174,8 @@ pub struct Site<'a> {
     pub cgroups: &'a CgroupRoot,
     /// The folder of the monitors' control sockets.
     pub sockets: &'a Path,
+    /// The agent's group, which may read logs.
+    pub reader_gid: u32,
 }
 
 /// Why a piece of work failed.
@@ -227,7 +230,7 @@ pub fn perform(work: &Work, site: &Site<'_>) -> Result<Outcome, WorkError> {
         Work::AppRemove(removal) => remove_app(removal, site)?,
         Work::ImageStage { job, image, quota } => {
             disk.put_jail(job)?;
-            log_folder(&job.jail, pool)?;
+            log_folder(&job.jail, site)?;
             pool.image_stage(&job.image_staging(), &image_name(image)?, *quota)?;
         }
         Work::ImageConclude { job, image, publish, in_use } => {
@@ -240,7 +243,7 @@ pub fn perform(work: &Work, site: &Site<'_>) -> Result<Outcome, WorkError> {
         Work::ReleaseStage { job, release, quota } => {
             disk.put_release(release)?;
             disk.put_jail(job)?;
-            log_folder(&job.jail, pool)?;
+            log_folder(&job.jail, site)?;
             pool.staging_abort(&release.staging())?;
             let (app, number) = (app_name(&release.app)?, release_id(release.release)?);
             let base = Base::Image(release.image.clone());
@@ -250,7 +253,7 @@ pub fn perform(work: &Work, site: &Site<'_>) -> Result<Outcome, WorkError> {
         }
         Work::JobPrepare { job, release } => {
             disk.put_jail(job)?;
-            log_folder(&job.jail, pool)?;
+            log_folder(&job.jail, site)?;
             let tree = pool.staging_open(&release.staging())?;
             return Ok(Outcome::Tree { has_ca_bundle: has_ca_bundle(&tree) });
         }
@@ -275,7 +278,7 @@ pub fn perform(work: &Work, site: &Site<'_>) -> Result<Outcome, WorkError> {
         }
         Work::InstancePrepare { jail, app, release, quota } => {
             disk.put_jail(jail)?;
-            log_folder(&jail.jail, pool)?;
+            log_folder(&jail.jail, site)?;
             let root = pool.instance_root_create(
                 &instance_id(&jail.jail)?,
                 &app_name(app)?,
@@ -368,13 +371,17 @@ fn survey(pool: &Pool) -> Result<Survey, WorkError> {
     })
 }
 
-/// Its parents are root's alone; who is given the folder's descriptor may read in it.
-fn log_folder(jail: &JailId, pool: &Pool) -> Result<(), WorkError> {
-    let folder = pool.log_dir_ensure(&instance_id(jail)?, LOG_QUOTA)?;
-    nix::sys::stat::fchmod(&folder, Mode::from_bits_truncate(0o755)).map_err(|error| WorkError::Call {
-        operation: "open the log folder to readers",
+/// Its parents are root's alone; the agent, given the folder's descriptor, may read in it: what is made in it gets the
+/// agent's group from the folder.
+fn log_folder(jail: &JailId, site: &Site<'_>) -> Result<(), WorkError> {
+    let fault = |error: Errno| WorkError::Call {
+        operation: "open the log folder to the agent",
         source: error.into(),
-    })
+    };
+    let folder = site.pool.log_dir_ensure(&instance_id(jail)?, LOG_QUOTA)?;
+    fchown(&folder, None, Some(Gid::from_raw(site.reader_gid))).map_err(fault)?;
+    // After the change of the group, which clears the set-group-id bit.
+    fchmod(&folder, Mode::from_bits_truncate(0o2750)).map_err(fault)
 }
 
 /// `/app` of a new tree. What an image may have there instead is left alone; it is the unpacker, inside, who

@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use common::{Client, Node, archive, eventually, is_alive, jail_of, name, start};
+use common::{AGENT_UID, Client, Node, archive, eventually, is_alive, jail_of, name, start};
 use epagent_wire::name::{JailId, ReleaseNumber};
 use epagent_wire::runner::{
     ArchiveFormat, Event, Exit, JailState, RefusalCode, Reply, Request, Start, TerminalSize,
@@ -68,6 +69,12 @@ fn an_instance_serves_is_looked_at_and_goes_without_a_trace() {
     assert!(seen.listening.contains(&"0.0.0.0:8000".to_owned()), "{seen:?}");
     assert!(seen.memory_bytes > 1 << 20 && seen.pids >= 2, "{seen:?}");
     assert!(client.log(&jail).contains("listening"));
+    let log = node.dir.path().join("pool/logs").join(jail.as_str()).join("current.log");
+    let facts = std::fs::metadata(log).unwrap();
+    assert!(
+        facts.gid() == AGENT_UID && facts.mode() & 0o777 == 0o640,
+        "the agent reads logs and writes none"
+    );
 
     let (read, write) = nix::unistd::pipe().unwrap();
     let null = std::fs::File::open("/dev/null").unwrap();
@@ -207,7 +214,8 @@ fn a_jail_whose_monitor_was_killed_is_lost_and_told() {
     assert!(exit.monitor_lost, "{exit:?}");
     assert!(!is_alive(pid));
     client.done(Request::Forget { jail });
-    assert!(node.cgroup_ids().is_empty() && node.interfaces().is_empty());
+    assert!(node.cgroup_ids().is_empty(), "{:?}", node.cgroup_ids());
+    eventually("the kernel takes its network down", || node.interfaces().is_empty());
 }
 
 #[test]
@@ -285,7 +293,7 @@ fn builds_run_in_order_and_say_how_they_end() {
     let mut client = node.connect();
     client.done(Request::AppEnsure { app: name("shop") });
     let (app, release) = (name("shop"), ReleaseNumber(1));
-    let files = archive(&[("hello", "hello")], &[]);
+    let files = archive(&[("hello", "hello")]);
     let unpack = Request::BuildUnpack { app, release, image: name("host"), format: ArchiveFormat::Tar };
     let (_, exit) = client.job(unpack.clone(), &[files.as_fd()]);
     assert!(exit.success(), "{exit}");

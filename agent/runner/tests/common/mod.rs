@@ -29,6 +29,9 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 /// Enough for anything that is not a build.
 pub const SOON: Duration = Duration::from_secs(20);
 
+/// The uid (and gid) of the agent on these nodes.
+pub const AGENT_UID: u32 = 61234;
+
 /// What is expected of the binaries that run in jails: they are static, so cargo's own build of them won't do.
 fn jail_binaries() -> PathBuf {
     let built = std::env::var_os("EPAGENT_BIN_DIR").map(PathBuf::from);
@@ -219,7 +222,7 @@ fn config_text(number: u16, dir: &Path, build: &str) -> String {
     format!(
         "node = {number}\nstate_dir = \"{dir}/runner\"\nrun_dir = \"{dir}/run\"\n\
          jail_binary = \"{binaries}/epagent-jail\"\nunpack_binary = \"{binaries}/epagent-unpack\"\n\
-         brain_uid = 61234\nhost_image = true\n\
+         brain_uid = {AGENT_UID}\nhost_image = true\n\
          [pool]\nmount = \"{dir}/pool\"\nfile = \"{dir}/pool.img\"\nsize = \"1G\"\n\
          [cgroup]\nroot = \"epagent-{number}\"\n\
          [ids]\nbase = {base}\nranges = 256\n\
@@ -373,23 +376,35 @@ impl Client {
     /// A sealed release of `app` on the image `host` with these files in `/app`.
     #[track_caller]
     pub fn release(&mut self, app: &str, release: u32, files: &[(&str, &str)]) {
-        self.release_of(app, release, files, &[]);
+        self.release_built(app, release, files, None);
     }
 
+    /// The same, with a build command.
     #[track_caller]
-    pub fn release_of(&mut self, app: &str, release: u32, files: &[(&str, &str)], links: &[(&str, &str)]) {
+    pub fn release_built(&mut self, app: &str, release: u32, files: &[(&str, &str)], command: Option<&str>) {
         self.done(Request::AppEnsure { app: name(app) });
-        let archive = archive(files, links);
+        let (app, release): (AppName, _) = (name(app), ReleaseNumber(release));
         let request = Request::BuildUnpack {
-            app: name(app),
-            release: ReleaseNumber(release),
+            app: app.clone(),
+            release,
             image: name("host"),
             format: ArchiveFormat::Tar,
         };
-        let (jail, exit) = self.job(request, &[archive.as_fd()]);
-        assert!(exit.success(), "unpacking {exit}\n{}", self.log(&jail));
+        self.good_job(request, &[archive(files).as_fd()]);
+        if let Some(command) = command.map(str::to_owned) {
+            self.good_job(
+                Request::BuildRun { app: app.clone(), release, command, env: BTreeMap::new() },
+                &[],
+            );
+        }
+        self.done(Request::BuildSeal { app, release });
+    }
+
+    #[track_caller]
+    fn good_job(&mut self, request: Request, stream: &[BorrowedFd<'_>]) {
+        let (jail, exit) = self.job(request, stream);
+        assert!(exit.success(), "job {jail} {exit}\n{}", self.log(&jail));
         self.done(Request::Forget { jail });
-        self.done(Request::BuildSeal { app: name(app), release: ReleaseNumber(release) });
     }
 
     /// All that a jail has written.
@@ -405,17 +420,14 @@ impl Client {
     }
 }
 
-/// A tar file with these files and symbolic links.
-pub fn archive(files: &[(&str, &str)], links: &[(&str, &str)]) -> std::fs::File {
+/// A tar file with these files, all executable.
+pub fn archive(files: &[(&str, &str)]) -> std::fs::File {
     let dir = tempfile::tempdir().unwrap();
     for (path, text) in files {
         let path = dir.path().join(path);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, text).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-    }
-    for (path, target) in links {
-        std::os::unix::fs::symlink(target, dir.path().join(path)).unwrap();
     }
     let file = tempfile::NamedTempFile::new().unwrap();
     let status =
@@ -460,7 +472,8 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// Whether a process of that number exists.
+/// Whether a process of that number exists and is more than a status nobody has asked for.
 pub fn is_alive(pid: i32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| state != "Z")
 }
