@@ -24,12 +24,12 @@ const MARK_BYTES_MAX: usize = 4096;
 const MOVE_ATTEMPTS_MAX: u32 = 3;
 
 /// Called with each step before it is performed.
-pub type StepObserver = Box<dyn Fn(&str) + Send>;
+pub type StepObserver = Box<dyn Fn(&str) + Send + Sync>;
 
 pub(crate) struct Engine {
     root: OwnedFd,
     pub(crate) records: Records,
-    pub(crate) backend: Box<dyn Backend + Send>,
+    pub(crate) backend: Box<dyn Backend + Send + Sync>,
     pub(crate) observer: Option<StepObserver>,
 }
 
@@ -40,7 +40,7 @@ impl fmt::Debug for Engine {
 }
 
 impl Engine {
-    pub(crate) fn new(root: OwnedFd, records: Records, backend: Box<dyn Backend + Send>) -> Self {
+    pub(crate) fn new(root: OwnedFd, records: Records, backend: Box<dyn Backend + Send + Sync>) -> Self {
         Self { root, records, backend, observer: None }
     }
 

@@ -13,6 +13,8 @@
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -25,6 +27,9 @@ use crate::plan::Intent;
 const FORMAT: u32 = 1;
 /// How often a record may vanish between opening and locking it before we call it contended.
 const ATTEMPTS_MAX: u32 = 16;
+/// How long an operation waits for a record somebody else holds.
+const WAIT: Duration = Duration::from_millis(500);
+const POLL: Duration = Duration::from_millis(5);
 
 #[derive(Serialize, Deserialize)]
 struct Stored {
@@ -53,17 +58,26 @@ impl Records {
         Self { dir }
     }
 
-    /// Locks the record of `slot`, making it where there is none. [`Error::Busy`] when another process works on it.
+    /// Locks the record of `slot`, making it where there is none. [`Error::Busy`] when another process works on it for
+    /// longer than a sweep looks at it.
     pub(crate) fn lock(&self, slot: &Slot) -> Result<Held> {
-        match self.try_lock(slot, OFlags::CREATE)? {
+        match wait(|| self.try_lock(slot, OFlags::CREATE))? {
             Some(held) => Ok(held),
             None => Err(Error::Busy { what: slot.to_string() }),
         }
     }
 
-    /// Locks the record of `slot` if there is one.
+    /// Locks the record of `slot` if there is one; waits like [`Records::lock`].
     pub(crate) fn lock_existing(&self, slot: &Slot) -> Result<Option<Held>> {
-        self.try_lock(slot, OFlags::empty())
+        wait(|| self.try_lock(slot, OFlags::empty()))
+    }
+
+    /// For the sweep, which comes again: locks the record of `slot`, or is told at once that it is busy.
+    pub(crate) fn lock_idle(&self, slot: &Slot) -> Result<Held> {
+        match self.try_lock(slot, OFlags::CREATE)? {
+            Some(held) => Ok(held),
+            None => Err(Error::Busy { what: slot.to_string() }),
+        }
     }
 
     fn try_lock(&self, slot: &Slot, create: OFlags) -> Result<Option<Held>> {
@@ -111,6 +125,16 @@ impl Records {
         match rustix::fs::unlinkat(&self.dir, held.slot.file(), AtFlags::empty()) {
             Err(rustix::io::Errno::NOENT) => Ok(()),
             other => other.map_err(|e| Error::io("close the record of", &held.slot, e)),
+        }
+    }
+}
+
+fn wait<T>(lock: impl Fn() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + WAIT;
+    loop {
+        match lock() {
+            Err(Error::Busy { .. }) if Instant::now() < deadline => sleep(POLL),
+            other => return other,
         }
     }
 }

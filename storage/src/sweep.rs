@@ -64,7 +64,7 @@ impl Pool {
         {
             return Ok(Swept::Spared);
         }
-        let mut held = self.engine.records.lock(slot)?;
+        let mut held = self.engine.records.lock_idle(slot)?;
         if held.intent.is_some() {
             return Ok(self.engine.recover(&mut held)?.map_or(Swept::Nothing, Swept::Ended));
         }

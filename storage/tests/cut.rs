@@ -283,6 +283,38 @@ cases! {
 }
 
 #[test]
+#[ignore = "run by the next test as its child"]
+fn the_child_that_opens_a_pool() {
+    if let Ok(dir) = std::env::var(CHILD) {
+        Pool::open_or_create(&config_in(dir.as_ref())).unwrap();
+    }
+}
+
+#[test]
+fn an_opening_killed_at_any_time_is_completed_by_the_next() {
+    for delay_ms in (0..60).step_by(4) {
+        let site = Site::new();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_child_that_opens_a_pool", "--ignored"])
+            .env(CHILD, site.dir.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Not waiting for luck: each delay cuts somewhere, and every cut has to be survived.
+        std::thread::sleep(std::time::Duration::from_millis(delay_ms));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let mut config = site.config();
+        config.lock_wait_ms = 5_000; // mkfs may still run and hold nothing of ours.
+        let pool = Pool::open_or_create(&config).unwrap();
+        pool.volume_ensure(&app("shop"), &volume("data"), Quota::mib(8)).unwrap();
+        assert_eq!((site.loop_devices().len(), site.mounts().len()), (1, 1), "killed after {delay_ms} ms");
+        pool.close().unwrap();
+        site.assert_nothing_left();
+    }
+}
+
+#[test]
 fn a_sweep_spares_what_is_live_locked_or_younger_than_its_list() {
     let site = Site::new();
     let pool = site.open();

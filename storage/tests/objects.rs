@@ -136,3 +136,79 @@ fn log_folders_have_a_quota_of_their_own() {
     assert_eq!(pool.log_dir_list().unwrap(), []);
     pool.close().unwrap();
 }
+
+#[test]
+fn operations_at_the_same_time_do_not_disturb_one_another() {
+    let site = Site::new();
+    let pool = site.open();
+    publish_release(&pool);
+    std::thread::scope(|scope| {
+        for worker in 0..4 {
+            let pool = &pool;
+            scope.spawn(move || {
+                for n in 0..8 {
+                    let id = instance(&format!("w{worker}-{n}"));
+                    let (shop, r1) = (app("shop"), release("r1"));
+                    drop(pool.instance_root_create(&id, &shop, &r1, Quota::mib(2)).unwrap());
+                    drop(pool.log_dir_ensure(&id, Quota::mib(1)).unwrap());
+                    pool.instance_root_remove(&id).unwrap();
+                    // One and the same volume for all: the second to come is told, or finds it.
+                    match pool.volume_ensure(&shop, &volume("data"), Quota::mib(8)) {
+                        Ok(_) | Err(Error::Busy { .. }) => {}
+                        Err(error) => panic!("{error:?}"),
+                    }
+                }
+            });
+        }
+        // An empty list, but one older than all of that.
+        let live = pool.live_set().unwrap();
+        let pool = &pool;
+        scope.spawn(move || {
+            for _ in 0..10 {
+                assert_eq!(pool.sweep(&live).unwrap().failed, Vec::<String>::new());
+            }
+        });
+    });
+    assert_eq!(pool.log_dir_list().unwrap().len(), 32);
+    assert_eq!(pool.instance_root_list().unwrap().len(), 0);
+    assert_eq!(pool.volume_list().unwrap().len(), 1);
+    assert_eq!(pool.log_dir_list().unwrap().iter().filter(|dir| dir.usage.limit_bytes != 1 << 20).count(), 0);
+    assert_idle(&site);
+    pool.close().unwrap();
+}
+
+#[test]
+fn a_symbolic_link_or_a_mount_on_the_way_is_refused() {
+    let site = Site::new();
+    let pool = site.open();
+    let elsewhere = site.dir.path().join("elsewhere");
+    fs::create_dir_all(elsewhere.join("data")).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, site.mount_point().join("volumes/shop")).unwrap();
+    for result in [
+        pool.volume_open(&app("shop"), &volume("data")),
+        pool.volume_ensure(&app("shop"), &volume("data"), Quota::mib(8)),
+    ] {
+        assert!(matches!(result, Err(Error::Io { .. })), "{result:?}");
+    }
+    assert_eq!(entries(&elsewhere), ["data"]);
+    drop(pool.volume_ensure(&app("mounted"), &volume("data"), Quota::mib(8)).unwrap());
+    let over = site.mount_point().join("volumes/mounted/data");
+    let bind = std::process::Command::new("mount").arg("--bind").args([&elsewhere, &over]).status().unwrap();
+    assert!(bind.success());
+    let refused = pool.volume_open(&app("mounted"), &volume("data"));
+    assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
+    assert!(std::process::Command::new("umount").arg(&over).status().unwrap().success());
+    pool.close().unwrap();
+}
+
+#[test]
+fn a_sweep_names_what_is_not_ours_and_leaves_it() {
+    let site = Site::new();
+    let pool = site.open();
+    let foreign = site.mount_point().join("staging/somebody's");
+    fs::create_dir(&foreign).unwrap();
+    let report = pool.sweep(&pool.live_set().unwrap()).unwrap();
+    assert_eq!(report.failed.len(), 1, "{report:?}");
+    assert!(foreign.exists());
+    pool.close().unwrap();
+}

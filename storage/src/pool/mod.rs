@@ -302,8 +302,8 @@ fn remarks(engine: &Engine, health: QuotaHealth, mode: QuotaMode) -> Result<Vec<
     Ok(remarks)
 }
 
-/// A pool can be handed to a thread.
+/// A pool can be shared by threads, as it is by forked processes.
 const _: fn() = || {
-    fn is_send<T: Send>() {}
-    is_send::<Pool>();
+    fn is_shared<T: Send + Sync>() {}
+    is_shared::<Pool>();
 };
