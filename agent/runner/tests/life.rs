@@ -69,12 +69,10 @@ fn an_instance_serves_is_looked_at_and_goes_without_a_trace() {
     assert!(seen.listening.contains(&"0.0.0.0:8000".to_owned()), "{seen:?}");
     assert!(seen.memory_bytes > 1 << 20 && seen.pids >= 2, "{seen:?}");
     assert!(client.log(&jail).contains("listening"));
-    let log = node.dir.path().join("pool/logs").join(jail.as_str()).join("current.log");
-    let facts = std::fs::metadata(log).unwrap();
-    assert!(
-        facts.gid() == AGENT_UID && facts.mode() & 0o777 == 0o640,
-        "the agent reads logs and writes none"
-    );
+    let folder = node.dir.path().join("pool/logs").join(jail.as_str());
+    let (folder, log) = (folder.metadata().unwrap(), folder.join("current.log").metadata().unwrap());
+    assert_eq!((folder.gid(), folder.mode() & 0o777, log.gid()), (AGENT_UID, 0o750, AGENT_UID));
+    assert_eq!(log.mode() & 0o062, 0o040, "the agent reads logs and nobody but root writes them");
 
     let (read, write) = nix::unistd::pipe().unwrap();
     let null = std::fs::File::open("/dev/null").unwrap();
@@ -103,7 +101,8 @@ fn an_instance_serves_is_looked_at_and_goes_without_a_trace() {
     client.done(Request::Forget { jail: jail.clone() });
     client.done(Request::Forget { jail: jail.clone() });
     assert!(client.jail(&jail).is_none());
-    assert!(node.cgroup_ids().is_empty() && node.interfaces().is_empty());
+    assert!(node.cgroup_ids().is_empty(), "{:?}", node.cgroup_ids());
+    eventually("the kernel takes its network down", || node.interfaces().is_empty());
     client.done(Request::LogRemove { jail: jail.clone() });
     assert_eq!(client.call(Request::LogOpen { jail }).unwrap_err().code, RefusalCode::NotFound);
     client.done(Request::AppRemove { app: name("shop") });
@@ -254,7 +253,8 @@ fn a_runner_killed_at_any_moment_of_a_start_leaves_no_orphan() {
         }
         client.done(Request::Forget { jail: jail.id });
     }
-    assert!(node.cgroup_ids().is_empty() && node.interfaces().is_empty());
+    assert!(node.cgroup_ids().is_empty(), "{:?}", node.cgroup_ids());
+    eventually("the kernel takes its network down", || node.interfaces().is_empty());
     let roots = std::fs::read_dir(node.dir.path().join("pool/instances")).unwrap().count();
     assert_eq!(roots, 0, "instance roots are left");
 }

@@ -243,8 +243,9 @@ impl Client {
     pub fn silent(path: &Path) -> Client {
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         connect(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
-        setsockopt(&fd, ReceiveTimeout, &TimeVal::new(20, 0)).unwrap();
-        Client { socket: fd, next: 1, events: VecDeque::new() }
+        let client = Client { socket: fd, next: 1, events: VecDeque::new() };
+        client.set_patience(SOON);
+        client
     }
 
     pub fn hello(&mut self) {
@@ -339,6 +340,25 @@ impl Client {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Waits until the jail runs, one without an address as well.
+    #[track_caller]
+    pub fn runs(&mut self, jail: &JailId) {
+        eventually("the jail runs", || self.jail(jail).expect("the jail exists").state == JailState::Running);
+    }
+
+    /// The same as [`Client::exit`], for what takes long.
+    #[track_caller]
+    pub fn exit_within(&mut self, jail: &JailId, time: Duration) -> Exit {
+        self.set_patience(time);
+        let exit = self.exit(jail);
+        self.set_patience(SOON);
+        exit
+    }
+
+    fn set_patience(&self, time: Duration) {
+        setsockopt(&self.socket, ReceiveTimeout, &TimeVal::new(time.as_secs() as i64, 0)).unwrap();
     }
 
     /// Waits for the event of the jail's end.
