@@ -445,3 +445,49 @@ fn what_system_tar_writes_is_unpacked_the_same() {
         }
     }
 }
+
+/// Runs the unpacker at a root that has mounts, as a jail's has; they vanish with the namespace.
+fn unpack_among_mounts(policy: &str, input: &[u8]) -> (tempfile::TempDir, Output) {
+    let dir = tempfile::tempdir().unwrap();
+    let script = "cd \"$1\" && mkdir -p into/etc into/run into/cover && touch into/etc/hosts jails && \
+        mount -t tmpfs tmpfs into/run && mount -t tmpfs tmpfs into/cover && mount --bind jails into/etc/hosts && \
+        exec \"$2\" --into into --policy \"$3\" --max-bytes 1000000 --max-entries 1000";
+    let mut child = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script, "-"])
+        .arg(dir.path())
+        .args([env!("CARGO_BIN_EXE_epagent-unpack"), policy])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let _ = child.stdin.take().unwrap().write_all(input);
+    let output = child.wait_with_output().unwrap();
+    (dir, output)
+}
+
+#[test]
+fn what_the_jail_covers_is_ignored_in_an_image_and_refused_in_an_upload() {
+    let tar = Tar::default()
+        .dir("etc")
+        .file("etc/hosts", b"of the image")
+        .file("etc/passwd", b"root")
+        .dir("run")
+        .entry(b'6', b"run/initctl", b"", b"")
+        .dir("cover")
+        .file("cover/deep/file", b"x")
+        .symlink("link", "cover")
+        .file("link/file", b"x");
+    let whiteouts = Tar::default().file("etc/.wh..wh..opq", b"").file("etc/new", b"n").file(".wh.cover", b"");
+    let (dir, output) = unpack_among_mounts("image", &layers(&[tar.clone(), whiteouts]));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    let into = dir.path().join("into");
+    assert_eq!(listing(&into), ["cover", "etc", "etc/hosts", "etc/new", "link", "run"]);
+    assert_eq!(fs::read_to_string(dir.path().join("jails")).unwrap(), "", "the jail's own file is as it was");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("\"ignored\":6"), "{output:?}");
+    let (_dir, output) = unpack_among_mounts("app", &Tar::default().file("cover/x", b"x").end());
+    assert_eq!(output.status.code(), Some(22), "{output:?}");
+    let (_dir, output) = unpack_among_mounts("app", &Tar::default().file("etc/hosts", b"x").end());
+    assert_eq!(output.status.code(), Some(30), "{output:?}");
+}

@@ -155,7 +155,9 @@ impl PutDown {
         for child in tree::children(&below, folder)? {
             let name = folder.join(&child);
             match self.names.contains(&name.digest()) {
-                false => tree::remove(&below, &child, &name)?,
+                false => {
+                    tree::remove(&below, &child, &name)?;
+                }
                 true if is_real_folder(&below, &child) => self.clear(&name, tree)?,
                 true => {}
             }

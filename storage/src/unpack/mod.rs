@@ -7,11 +7,12 @@
 //!
 //! Every byte here is hostile. The jail keeps an escape from mattering; this module still refuses one, since an archive
 //! that tries is broken or an attack, and its sender should hear which. Nothing is skipped silently: an entry is
-//! unpacked as it says, or the whole archive is refused with the entry's name ([`UnpackError`]). The exceptions are
-//! what jails put there themselves, `dev/`, `proc/` and `sys/` of an image, whose content is ignored and counted.
+//! unpacked as it says, or the whole archive is refused with the entry's name ([`UnpackError`]). The exception is what
+//! jails mount over: `dev/`, `proc/`, `run/`, `sys/`, `tmp/` of an image, and whatever else is a mount when it is
+//! unpacked at a jail's root. That is ignored and counted.
 //!
 //! Bounds: [`Options::max_bytes`] and [`Options::max_entries`] hold after decompression and over all layers together;
-//! names, depths and extension headers have fixed ones ([`names`], [`entries`]). Memory stays below about 16 MiB plus
+//! names, depths and extension headers have fixed ones. Memory stays below about 16 MiB plus
 //! 16 bytes per entry of a layer, and what zstd's window needs (at most 128 MiB).
 //!
 //! Extended attributes (file capabilities among them) and the times of directories are not restored.
@@ -68,7 +69,7 @@ pub struct Summary {
     pub layers: u32,
     pub entries: u64,
     pub bytes: u64,
-    /// Entries of an image below `dev/`, `proc/` and `sys/`.
+    /// Entries of an image where jails have mounts of their own.
     pub ignored: u64,
 }
 

@@ -3,7 +3,8 @@
 //! Every folder is opened by `openat2` from the root descriptor: for an upload with no symbolic link on the way at all,
 //! for an image with links resolved inside the image as if it were the root (`/lib` is a link in every modern one). The
 //! last component is never followed: what is in its way is removed, then the new entry created exclusively. No mount is
-//! crossed.
+//! crossed. An image may be unpacked at the root of a jail, which has mounts of its own there (`/tmp`, `/etc/hosts`):
+//! what an image has beneath those would never be seen, and is ignored and counted.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -25,7 +26,7 @@ const ATTEMPTS_MAX: u32 = 16;
 /// Links may make a tree deeper than any one name.
 const REMOVE_DEPTH_MAX: usize = 2 * DEPTH_MAX;
 /// Folders of an image that jails mount over; what an image has in them is never seen.
-const JAIL_FOLDERS: [&[u8]; 3] = [b"dev", b"proc", b"sys"];
+const JAIL_FOLDERS: [&[u8]; 5] = [b"dev", b"proc", b"run", b"sys", b"tmp"];
 
 pub(super) struct Tree {
     root: OwnedFd,
@@ -39,50 +40,62 @@ impl Tree {
         Self { root, policy, last: None }
     }
 
-    /// Checks one entry and writes it.
+    /// Checks one entry and writes it, or counts it as ignored when the jail covers its place.
     pub(super) fn put(
         &mut self,
         entry: &Entry,
         data: &mut dyn Read,
         meter: &Meter,
     ) -> Result<(), UnpackError> {
-        if self.policy == Policy::Image && is_jails_own(&entry.name) {
+        let is_put = !(self.policy == Policy::Image && is_jails_own(&entry.name))
+            && self.try_put(entry, data, meter)?;
+        if !is_put {
             meter.count_ignored();
-            return Ok(());
         }
+        Ok(())
+    }
+
+    /// False when a mount covers the entry's place.
+    fn try_put(&mut self, entry: &Entry, data: &mut dyn Read, meter: &Meter) -> Result<bool, UnpackError> {
         let owner = self.owner(entry)?;
-        let Some((parent, leaf)) = entry.name.split() else { return self.put_root(entry, owner) };
         let name = &entry.name;
+        let Some((parent, leaf)) = name.split() else { return self.put_root(entry, owner).map(|()| true) };
+        match &entry.kind {
+            Kind::File { size } => meter.charge_bytes(*size)?,
+            Kind::Symlink { target } => self.check_symlink(name, &parent, target)?,
+            Kind::Special(kind) => return Err(UnpackError::SpecialFile { name: name.shown(), kind }),
+            Kind::Folder | Kind::HardLink { .. } => {}
+        }
+        let Some(folder) = self.folder(&parent)? else { return Ok(false) };
         match &entry.kind {
             Kind::File { size } => {
-                meter.charge_bytes(*size)?;
-                let folder = self.folder(&parent)?;
                 let file = self.make_way(&folder, leaf, name, |folder, leaf| {
                     let flags =
                         OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                     rustix::fs::openat(folder, leaf, flags, Mode::RUSR | Mode::WUSR)
                 })?;
+                let Some(file) = file else { return Ok(false) };
                 copy(data, &file, *size, name)?;
                 set_attributes(&file, owner, self.file_mode(entry.mode), name)?;
-                set_mtime(&file, entry.mtime, name)
+                set_mtime(&file, entry.mtime, name)?;
+                Ok(true)
             }
-            Kind::Folder => {
-                let folder = self.folder(&parent)?;
-                self.put_folder(&folder, leaf, entry, owner)
-            }
+            Kind::Folder => self.put_folder(&folder, leaf, entry, owner),
             Kind::Symlink { target } => {
-                self.check_symlink(name, &parent, target)?;
-                let folder = self.folder(&parent)?;
-                self.make_way(&folder, leaf, name, |folder, leaf| {
+                let made = self.make_way(&folder, leaf, name, |folder, leaf| {
                     rustix::fs::symlinkat(target.as_slice(), folder, leaf)
                 })?;
+                if made.is_none() {
+                    return Ok(false);
+                }
                 // A folder opened by this path before may be elsewhere now.
                 self.last = None;
                 rustix::fs::chownat(&folder, leaf, Some(owner.0), Some(owner.1), AtFlags::SYMLINK_NOFOLLOW)
-                    .map_err(|e| UnpackError::io("set the owner of", name.shown(), e))
+                    .map_err(|e| UnpackError::io("set the owner of", name.shown(), e))?;
+                Ok(true)
             }
-            Kind::HardLink { target } => self.put_hard_link(&parent, leaf, name, target),
-            Kind::Special(kind) => Err(UnpackError::SpecialFile { name: name.shown(), kind }),
+            Kind::HardLink { target } => self.put_hard_link(&folder, leaf, name, target),
+            Kind::Special(_) => Ok(false),
         }
     }
 
@@ -128,10 +141,14 @@ impl Tree {
         leaf: &[u8],
         entry: &Entry,
         owner: (Uid, Gid),
-    ) -> Result<(), UnpackError> {
+    ) -> Result<bool, UnpackError> {
         let name = &entry.name;
         if kind_at(folder, leaf, name)? != Some(FileType::Directory) {
-            self.make_way(folder, leaf, name, |folder, leaf| rustix::fs::mkdirat(folder, leaf, Mode::RWXU))?;
+            let made = self
+                .make_way(folder, leaf, name, |folder, leaf| rustix::fs::mkdirat(folder, leaf, Mode::RWXU))?;
+            if made.is_none() {
+                return Ok(false);
+            }
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match rustix::fs::openat2(
@@ -141,9 +158,9 @@ impl Tree {
             Mode::empty(),
             ResolveFlags::BENEATH | ResolveFlags::NO_XDEV,
         ) {
-            Ok(made) => set_attributes(&made, owner, self.folder_mode(entry.mode), name),
+            Ok(made) => set_attributes(&made, owner, self.folder_mode(entry.mode), name).map(|()| true),
             // Mounted over by the jail, e.g. /proc: what is beneath keeps what it has.
-            Err(Errno::XDEV) => Ok(()),
+            Err(Errno::XDEV) => Ok(false),
             Err(e) => Err(UnpackError::io("open", name.shown(), e)),
         }
     }
@@ -163,11 +180,11 @@ impl Tree {
 
     fn put_hard_link(
         &mut self,
-        parent: &Name,
+        folder: &OwnedFd,
         leaf: &[u8],
         name: &Name,
         target: &Name,
-    ) -> Result<(), UnpackError> {
+    ) -> Result<bool, UnpackError> {
         let bad = |why| UnpackError::BadHardLink { name: name.shown(), target: target.shown(), why };
         let Some((target_parent, target_leaf)) = target.split() else { return Err(bad("is to a folder")) };
         let target_folder = match self.open_folder(&target_parent) {
@@ -180,59 +197,64 @@ impl Tree {
             Some(_) => return Err(bad("is not to a file")),
             None => return Err(bad("leads to nothing")),
         }
-        let folder = self.folder(parent)?;
-        if is_same(&target_folder, target_leaf, &folder, leaf) {
-            return Ok(());
+        if is_same(&target_folder, target_leaf, folder, leaf) {
+            return Ok(true);
         }
-        self.make_way(&folder, leaf, name, |folder, leaf| {
+        let made = self.make_way(folder, leaf, name, |folder, leaf| {
             rustix::fs::linkat(&target_folder, target_leaf, folder, leaf, AtFlags::empty())
-        })
+        })?;
+        Ok(made.is_some())
     }
 
-    /// Creates `leaf`, first removing what is in its way.
+    /// Creates `leaf`, first removing what is in its way; `None` when that is a mount of the jail's.
     fn make_way<T>(
         &mut self,
         folder: &OwnedFd,
         leaf: &[u8],
         name: &Name,
         create: impl Fn(&OwnedFd, &[u8]) -> Result<T, Errno>,
-    ) -> Result<T, UnpackError> {
+    ) -> Result<Option<T>, UnpackError> {
+        let failed = |e| UnpackError::io("create", name.shown(), e);
         match create(folder, leaf) {
             Err(Errno::EXIST) => {
                 self.last = None;
-                remove(folder, leaf, name)?;
-                create(folder, leaf).map_err(|e| UnpackError::io("create", name.shown(), e))
+                match remove(folder, leaf, name)? {
+                    Removed::Gone => create(folder, leaf).map(Some).map_err(failed),
+                    Removed::Covered if self.policy == Policy::Image => Ok(None),
+                    Removed::Covered => Err(failed(Errno::BUSY)),
+                }
             }
-            other => other.map_err(|e| UnpackError::io("create", name.shown(), e)),
+            other => other.map(Some).map_err(failed),
         }
     }
 
-    /// Opens a folder, making it (and those above it) where it is missing.
-    pub(super) fn folder(&mut self, name: &Name) -> Result<OwnedFd, UnpackError> {
+    /// Opens a folder, making it (and those above it) where it is missing; `None` when an image's is beneath a mount.
+    fn folder(&mut self, name: &Name) -> Result<Option<OwnedFd>, UnpackError> {
         let copy = |fd: &OwnedFd| fd.try_clone().map_err(|e| UnpackError::io("open", name.shown(), e));
         if let Some((last, fd)) = &self.last
             && last == name
         {
-            return copy(fd);
+            return copy(fd).map(Some);
         }
-        let folder = self.make_folder(name)?;
+        let Some(folder) = self.make_folder(name)? else { return Ok(None) };
         self.last = Some((name.clone(), copy(&folder)?));
-        Ok(folder)
+        Ok(Some(folder))
     }
 
-    fn make_folder(&self, name: &Name) -> Result<OwnedFd, UnpackError> {
+    fn make_folder(&self, name: &Name) -> Result<Option<OwnedFd>, UnpackError> {
         match self.open_folder(name) {
             Err(Errno::NOENT) => {}
-            other => return other.map_err(|e| self.on_the_way(name, e)),
+            Err(Errno::XDEV) if self.policy == Policy::Image => return Ok(None),
+            other => return other.map(Some).map_err(|e| self.on_the_way(name, e)),
         }
         let Some((parent, leaf)) = name.split() else { return Err(self.on_the_way(name, Errno::NOENT)) };
-        let above = self.make_folder(&parent)?;
+        let Some(above) = self.make_folder(&parent)? else { return Ok(None) };
         match rustix::fs::mkdirat(&above, leaf, Mode::from_raw_mode(0o755)) {
             // A link that leads to nothing; opening it says so again.
             Ok(()) | Err(Errno::EXIST) => {}
             Err(e) => return Err(UnpackError::io("create", name.shown(), e)),
         }
-        self.open_folder(name).map_err(|e| self.on_the_way(name, e))
+        self.open_folder(name).map(Some).map_err(|e| self.on_the_way(name, e))
     }
 
     pub(super) fn open_folder(&self, name: &Name) -> Result<OwnedFd, Errno> {
@@ -325,28 +347,46 @@ fn is_same(a: &OwnedFd, a_leaf: &[u8], b: &OwnedFd, b_leaf: &[u8]) -> bool {
     }
 }
 
+/// What became of something to be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Removed {
+    Gone,
+    /// It is a mount point of the jail's, or has one below it, and stays.
+    Covered,
+}
+
 /// Removes `leaf` with everything below it, following nothing; absent is fine.
-pub(super) fn remove(folder: &OwnedFd, leaf: &[u8], name: &Name) -> Result<(), UnpackError> {
+pub(super) fn remove(folder: &OwnedFd, leaf: &[u8], name: &Name) -> Result<Removed, UnpackError> {
     remove_at(folder, leaf, name, 0)
 }
 
-fn remove_at(folder: &OwnedFd, leaf: &[u8], name: &Name, depth: usize) -> Result<(), UnpackError> {
+fn remove_at(folder: &OwnedFd, leaf: &[u8], name: &Name, depth: usize) -> Result<Removed, UnpackError> {
     let failed = |e: Errno| UnpackError::io("remove", name.shown(), e);
     if depth > REMOVE_DEPTH_MAX {
         return Err(UnpackError::BadName { name: name.shown(), why: "what it replaces is too deep" });
     }
     match rustix::fs::unlinkat(folder, leaf, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Ok(()) | Err(Errno::NOENT) => return Ok(Removed::Gone),
+        Err(Errno::BUSY) => return Ok(Removed::Covered),
         Err(Errno::ISDIR) => {}
         Err(e) => return Err(failed(e)),
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let inside = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-    let below = rustix::fs::openat2(folder, leaf, flags, Mode::empty(), inside).map_err(failed)?;
+    let below = match rustix::fs::openat2(folder, leaf, flags, Mode::empty(), inside) {
+        Err(Errno::XDEV) => return Ok(Removed::Covered),
+        other => other.map_err(failed)?,
+    };
+    let mut removed = Removed::Gone;
     for child in children(&below, name)? {
-        remove_at(&below, &child, name, depth + 1)?;
+        if remove_at(&below, &child, name, depth + 1)? == Removed::Covered {
+            removed = Removed::Covered;
+        }
     }
-    rustix::fs::unlinkat(folder, leaf, AtFlags::REMOVEDIR).map_err(failed)
+    if removed == Removed::Gone {
+        rustix::fs::unlinkat(folder, leaf, AtFlags::REMOVEDIR).map_err(failed)?;
+    }
+    Ok(removed)
 }
 
 pub(super) fn children(folder: &OwnedFd, name: &Name) -> Result<Vec<Vec<u8>>, UnpackError> {
