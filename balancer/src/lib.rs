@@ -14,6 +14,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod access_log;
 pub mod control;
 pub mod core;
 pub mod door;

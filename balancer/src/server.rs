@@ -18,6 +18,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use crate::access_log::AccessLog;
 use crate::control::protocol::{Ack, ErrorCode, Problem, Request, Response, Status};
 use crate::control::server::{ControlServer, refusal};
 use crate::core::config::Config;
@@ -53,6 +54,8 @@ pub struct Options {
     pub inherited: Vec<Inherited>,
     /// Listeners to bind at start.
     pub bind: Vec<(ListenerKind, SocketAddr)>,
+    /// Where to log requests, one JSON object per line.
+    pub access_log: Option<PathBuf>,
     /// The table to start with where none is saved.
     pub table: Table,
     /// How long to go on for clients that are being served when told to stop.
@@ -66,6 +69,8 @@ pub enum ServerError {
     Worker(#[from] StartError),
     #[error("cannot use a listener")]
     Listen(#[from] ListenError),
+    #[error("cannot open the access log")]
+    AccessLog(#[source] std::io::Error),
     #[error("cannot use the control socket")]
     Control(#[source] std::io::Error),
     #[error("cannot watch signals and threads")]
@@ -96,9 +101,13 @@ impl Server {
         let config = Config {
             connections_max: connections_max.div_ceil(u64::from(threads)),
             threads,
+            access_log: options.access_log.is_some(),
             ..options.config
         };
-        let start = |index| Worker::start(index, config.clone(), options.buffers, worker_ended.clone());
+        let log =
+            options.access_log.as_deref().map(AccessLog::open).transpose().map_err(ServerError::AccessLog)?;
+        let start =
+            |index| Worker::start(index, config.clone(), options.buffers, log.clone(), worker_ended.clone());
         let workers = (0..threads).map(start).collect::<Result<Vec<_>, _>>()?;
         let mut listeners = Listeners::new(options.port_address);
         for inherited in options.inherited {

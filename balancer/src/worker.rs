@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 
+use crate::access_log::AccessLog;
 use crate::core::config::Config;
 use crate::core::engine::{Core, ListenerKind, Snapshot};
 use crate::core::io::{ListenerId, Millis};
@@ -67,6 +68,7 @@ impl Worker {
         index: u32,
         config: Config,
         buffers: BufferSizes,
+        log: Option<AccessLog>,
         on_end: Arc<EventFd>,
     ) -> Result<Self, StartError> {
         let waker = Arc::new(EventFd::new().map_err(StartError::Waker)?);
@@ -85,7 +87,7 @@ impl Worker {
                 }
             };
             let _ = started.send(Ok(()));
-            run(ring, Core::new(config), &inbox)
+            run(ring, Core::new(config), &inbox, log.as_ref())
         };
         let thread = std::thread::Builder::new()
             .name(format!("ring-{index}"))
@@ -125,7 +127,12 @@ impl Drop for EndNotice {
 }
 
 /// The thread's loop: wait, take in, decide, do.
-fn run(mut door: impl Door, mut core: Core, commands: &Receiver<Command>) -> io::Result<()> {
+fn run(
+    mut door: impl Door,
+    mut core: Core,
+    commands: &Receiver<Command>,
+    log: Option<&AccessLog>,
+) -> io::Result<()> {
     let start = Instant::now();
     let now = || start.elapsed().as_millis() as Millis;
     let mut completions = Vec::new();
@@ -141,6 +148,11 @@ fn run(mut door: impl Door, mut core: Core, commands: &Receiver<Command>) -> io:
         }
         core.finish_batch(now);
         door.apply(core.ops())?;
+        let ended = core.take_access();
+        if let Some(log) = log.filter(|_| !ended.is_empty()) {
+            let dropped = log.add(ended);
+            core.count_dropped_access(dropped);
+        }
     }
     Ok(())
 }

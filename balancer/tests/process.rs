@@ -27,7 +27,7 @@ fn killed_and_restarted_it_serves_the_queued_from_the_saved_table() {
     let app = App::named("shop");
     let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
     let dir = tempfile::tempdir().expect("a folder");
-    let balancer = Balancer::inheriting(&[("http", &listener)], dir);
+    let balancer = Balancer::inheriting(&listener, dir);
     assert!(balancer.status().listeners[0].inherited);
     balancer.route("shop.example", &[("a", app.address, "up")]);
     assert_eq!(Client::connect(balancer.http).get("shop.example", "/").text(), "shop");
@@ -39,7 +39,7 @@ fn killed_and_restarted_it_serves_the_queued_from_the_saved_table() {
         client.send(GET);
     }
     let restart = Instant::now();
-    let balancer = Balancer::inheriting(&[("http", &listener)], dir);
+    let balancer = Balancer::inheriting(&listener, dir);
     for client in &mut queued {
         assert_eq!(client.read().text(), "shop");
     }
@@ -52,7 +52,7 @@ fn a_saved_table_that_is_garbled_hinders_no_start() {
     let dir = tempfile::tempdir().expect("a folder");
     std::fs::write(dir.path().join("table.json"), b"{\"version\":").expect("a half-written table");
     let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
-    let balancer = Balancer::inheriting(&[("http", &listener)], dir);
+    let balancer = Balancer::inheriting(&listener, dir);
     assert_eq!(balancer.status().table_version, 0);
     let app = App::named("shop");
     balancer.route("shop.example", &[("a", app.address, "up")]);
@@ -275,6 +275,30 @@ fn slow_readers_pin_no_memory_and_stall_nobody() {
     for client in &mut slow[..3] {
         assert_eq!(checksum(&client.read().body), sum);
     }
+}
+
+#[test]
+fn the_access_log_tells_what_became_of_each_request() {
+    let app = App::named("shop");
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("access.log");
+    let balancer = Balancer::start(&["--access-log", path.to_str().expect("a path in UTF-8")]);
+    balancer.route("shop.example", &[("a", app.address, "up")]);
+    let mut client = Client::connect(balancer.http);
+    client.get("shop.example", "/x?y");
+    client.get("other.example", "/");
+    client.send("nonsense\r\n\r\n").read();
+    let lines = poll("three lines", || {
+        let text = std::fs::read_to_string(&path).ok()?;
+        let lines: Vec<serde_json::Value> =
+            text.lines().map_while(|line| serde_json::from_str(line).ok()).collect();
+        (lines.len() == 3).then_some(lines)
+    });
+    let fact = |n: usize, key: &str| lines[n][key].as_str().unwrap_or_default().to_owned();
+    assert_eq!((fact(0, "outcome"), fact(0, "upstream")), ("answered".into(), "a".into()));
+    assert_eq!((fact(0, "request"), fact(0, "client")), ("GET /x?y".into(), "127.0.0.1".into()));
+    assert_eq!((fact(1, "outcome"), lines[1]["status"].as_u64()), ("unknown_host".into(), Some(404)));
+    assert_eq!((fact(2, "outcome"), lines[2]["status"].as_u64()), ("bad_request".into(), Some(400)));
 }
 
 #[test]

@@ -101,6 +101,9 @@ struct CommonArgs {
     /// Most client connections [default: what the descriptor limit allows]
     #[arg(long, value_name = "COUNT")]
     max_connections: Option<u64>,
+    /// Log every HTTP request to this file, one JSON object per line
+    #[arg(long, value_name = "PATH")]
+    access_log: Option<PathBuf>,
     /// Receive buffers per thread, a power of two
     #[arg(long, default_value_t = 512, value_name = "COUNT")]
     buffers: u16,
@@ -243,6 +246,7 @@ impl CommonArgs {
             },
             connections_max: self.max_connections,
             buffers: BufferSizes { count: self.buffers, size_bytes: self.buffer_bytes },
+            access_log: self.access_log.clone(),
             state_dir: None,
             port_address: IpAddr::from([127, 0, 0, 1]),
             control_uid: None,

@@ -229,6 +229,8 @@ counters! {
     refused_method,
     /// 408: the head did not arrive in time.
     refused_slow_head,
+    /// 408: the body stalled.
+    refused_slow_body,
     /// 431: the head was too large.
     refused_large_head,
     /// 505: an HTTP version other than 1.0 and 1.1.
@@ -263,6 +265,8 @@ counters! {
     upgrades,
     /// Times a receive found no shared buffer free.
     no_buffers,
+    /// Access log lines dropped because they could not be written in time.
+    access_log_dropped,
     /// Bytes received from clients.
     bytes_from_clients,
     /// Bytes received from upstreams.

@@ -51,6 +51,7 @@ impl Core {
         let Some(sock) = self.socks.get_mut(id) else { return };
         let Some(http) = sock.http() else { return };
         let request = http.request.take();
+        let address = http.address;
         let keep_alive = !stopping
             && request.as_ref().is_some_and(|request| {
                 request.keep_alive && request.body.is_done() && request.version == Version::Http11
@@ -63,8 +64,9 @@ impl Core {
             http.inbuf = Vec::new();
             sock.finish = Finish::Linger { until: None };
         }
-        let is_head = request.is_some_and(|request| request.is_head);
+        let is_head = request.as_ref().is_some_and(|request| request.is_head);
         sock.push(now, Chunk::owned(answer.write(is_head, keep_alive)));
+        self.note(address, request.as_ref(), answer.code(), Some(answer.status()), None);
         self.touch(id);
         self.runnable.push_back(id);
     }
@@ -76,6 +78,7 @@ impl Core {
         };
         if matches!(http.phase, Phase::Waiting | Phase::Exchange) {
             self.counters.client_aborted += 1;
+            self.note_broken(id, "aborted");
         }
         self.close_client(id, true);
     }
@@ -125,6 +128,7 @@ impl Core {
         self.counters.requests += 1;
         let route = self.routes.by_host(&plan.host);
         let has_hosts = self.routes.has_hosts();
+        let now = self.now;
         let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return };
         http.requests += 1;
         http.phase = Phase::Waiting;
@@ -141,6 +145,7 @@ impl Core {
             keep_alive: plan.keep_alive,
             upgrade: plan.upgrade,
             fresh_only: false,
+            began_at: now,
         });
         match route {
             Some(_) => {
@@ -189,6 +194,7 @@ impl Core {
             self.answer(client, answer);
         } else {
             *answer.counter(&mut self.counters) += 1;
+            self.note_broken(client, answer.code());
             self.close_client(client, true);
         }
     }

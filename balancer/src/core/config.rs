@@ -9,6 +9,8 @@ pub struct Config {
     pub connections_max: u64,
     /// How many threads share the table's hold limits.
     pub threads: u32,
+    /// Note every request's end for the access log.
+    pub access_log: bool,
     /// A request head larger than this gets 431.
     pub head_bytes_max: usize,
     /// From a request's first byte (or from accepting) to the end of its head; then 408.
@@ -37,7 +39,7 @@ impl Config {
     /// A response head larger than this is refused.
     pub const RESPONSE_HEAD_BYTES_MAX: usize = 64 * 1024;
     /// Kept-alive connections per upstream and thread.
-    pub const IDLE_PER_UPSTREAM: usize = 256;
+    pub const IDLE_PER_UPSTREAM: usize = 1024;
     /// How long a kept-alive connection may wait for its next request. Shorter than what app servers use
     /// (gunicorn 2 s, Node 5 s), so that it is the balancer who closes first.
     pub const UPSTREAM_IDLE_MS: Millis = 1_500;
@@ -66,6 +68,7 @@ impl Default for Config {
         Self {
             connections_max: 50_000,
             threads: 1,
+            access_log: false,
             head_bytes_max: 32 * 1024,
             head_timeout_ms: 10_000,
             client_idle_timeout_ms: 60_000,

@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::access::Access;
 use super::chunk::Chunk;
 use super::config::Config;
 use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
@@ -39,6 +40,7 @@ pub struct Core {
     pub(super) stopping: bool,
     pub(super) counters: Counters,
     pub(super) out: Vec<Op>,
+    pub(super) access: Vec<Access>,
     listeners: BTreeMap<ListenerId, Listener>,
     accept_after: Option<Millis>,
 }

@@ -10,6 +10,7 @@
 //! | [`dispatch`] | finding an upstream, holding, retrying |
 //! | [`settle`] | operations and deadlines as functions of state |
 //! | [`routes`], [`upstreams`] | the table as it runs: hold queues, load, reachability |
+//! | [`access`] | what the access log is told |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
 //! | [`chunk`], [`outbox`] | bytes without copying, and what a slow peer may cost |
 //! | [`slab`], [`timers`], [`config`] | keys that go stale safely, lazy deadlines, every bound |
@@ -17,6 +18,7 @@
 //! What is absent: descriptors, system calls, clocks, threads, randomness. The same core runs behind the
 //! ring and behind the simulator of the tests.
 
+pub mod access;
 pub mod chunk;
 mod client;
 pub mod config;

@@ -132,6 +132,7 @@ pub struct Request {
     pub upgrade: bool,
     /// A reused connection failed it once: only a new one will do.
     pub fresh_only: bool,
+    pub began_at: Millis,
 }
 
 /// A connection to an upstream.
@@ -166,6 +167,7 @@ pub enum Stage {
     #[default]
     Head,
     Body {
+        status: u16,
         body: Body,
         unchunk: bool,
         upstream_keep_alive: bool,

@@ -154,7 +154,7 @@ impl Core {
             Role::Http(http) => match http.phase {
                 Phase::Head => Some(match http.head_since {
                     Some(since) => since + config.head_timeout_ms,
-                    None if http.requests == 0 => http.idle_since + config.head_timeout_ms,
+                    None if http.requests == 0 && !self.stopping => http.idle_since + config.head_timeout_ms,
                     // It idles from when it had its last response, which may be long after we had it.
                     None => {
                         let most = if self.stopping { Config::STOPPING_IDLE_MS } else { Millis::MAX };
@@ -212,12 +212,13 @@ impl Core {
             Role::Tunnel { .. } => self.close_tunnel(id, true),
             Role::Http(_) if stalled => {
                 self.counters.client_stalled += 1;
+                self.note_broken(id, "aborted");
                 self.close_client(id, true);
             }
             Role::Http(http) => match http.phase {
                 Phase::Head if http.is_between() => self.close_client(id, false),
                 Phase::Head => self.answer(id, Answer::SlowHead),
-                Phase::Exchange => self.abandon_exchange(id, Answer::SlowHead),
+                Phase::Exchange => self.abandon_exchange(id, Answer::SlowBody),
                 Phase::Waiting | Phase::Done => {}
             },
             Role::Upstream(conn) => match conn.phase {

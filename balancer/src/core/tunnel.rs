@@ -29,16 +29,16 @@ impl Core {
         let Some(Role::Upstream(conn)) = self.socks.get(id).map(|sock| &sock.role) else { return };
         let key = conn.upstream;
         let Some(sock) = self.socks.get_mut(client) else { return };
-        let said = match std::mem::replace(&mut sock.role, Role::Tunnel { upstream: None }) {
-            Role::Http(http) => http.inbuf,
-            _ => Vec::new(),
+        let Role::Http(http) = std::mem::replace(&mut sock.role, Role::Tunnel { upstream: None }) else {
+            return;
         };
+        self.note(http.address, http.request.as_ref(), "upgraded", Some(101), Some(key));
         if let Some(upstream) = self.upstreams.get_mut(key) {
             upstream.active_requests -= 1;
         }
         self.counters.upgrades += 1;
         self.push_to(client, fresh);
-        self.join_tunnel(id, client, key, said);
+        self.join_tunnel(id, client, key, http.inbuf);
     }
 
     fn join_tunnel(&mut self, id: SockId, client: SockId, key: UpstreamKey, said: Vec<u8>) {

@@ -88,6 +88,7 @@ impl Core {
             self.answer(client, answer);
         } else {
             self.counters.upstream_died_midway += 1;
+            self.note_broken(client, "cut");
             self.close_client(client, true);
         }
     }
@@ -151,6 +152,7 @@ impl Core {
         let bodiless = plan.body.is_done();
         if let Some(exchange) = self.socks.get_mut(id).and_then(Sock::exchange) {
             exchange.stage = Stage::Body {
+                status: plan.status,
                 body: plan.body,
                 unchunk: plan.unchunk,
                 upstream_keep_alive: plan.upstream_keep_alive,
@@ -198,20 +200,27 @@ impl Core {
         let client = sock.peer.take();
         let Role::Upstream(conn) = &mut sock.role else { return };
         let UpPhase::Exchange(exchange) = &conn.phase else { return };
-        let Stage::Body { upstream_keep_alive, client_keep_alive, .. } = exchange.stage else { return };
+        let Stage::Body { status, upstream_keep_alive, client_keep_alive, .. } = exchange.stage else {
+            return;
+        };
+        let upstream_key = conn.upstream;
         if let Some(upstream) = self.upstreams.get_mut(conn.upstream) {
             upstream.active_requests -= 1;
         }
         conn.phase = UpPhase::Idle { since: now };
         self.counters.responses += 1;
         let mut body_done = false;
+        let mut ended = None;
         if let Some(sock) = client.and_then(|client| self.socks.get_mut(client)) {
             sock.peer = None;
             sock.cautious = false;
             let stopping = self.stopping;
             if let Some(http) = sock.http() {
                 body_done = http.body_done();
-                let asked_to_close = http.request.take().is_some_and(|request| !request.keep_alive);
+                let address = http.address;
+                let request = http.request.take();
+                let asked_to_close = request.as_ref().is_some_and(|request| !request.keep_alive);
+                ended = Some((address, request));
                 http.idle_since = now;
                 if body_done && client_keep_alive && !stopping {
                     http.phase = Phase::Head;
@@ -223,6 +232,9 @@ impl Core {
                     sock.finish = if silent { Finish::Close } else { Finish::Linger { until: None } };
                 }
             }
+        }
+        if let Some((address, request)) = ended {
+            self.note(address, request.as_ref(), "answered", Some(status), Some(upstream_key));
         }
         if let Some(client) = client {
             self.runnable.push_back(client);

@@ -7,7 +7,8 @@ pub mod client;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,8 +39,12 @@ impl Balancer {
         Self::spawned(command.spawn().expect("the balancer starts"), dir)
     }
 
-    /// With inherited listeners, as systemd would hand them over, and a control socket of its own.
-    pub fn inheriting(listeners: &[(&str, &TcpListener)], dir: tempfile::TempDir) -> Self {
+    /// With inherited sockets, as systemd would hand them over, the control socket among them.
+    pub fn inheriting(http: &TcpListener, dir: tempfile::TempDir) -> Self {
+        let path = dir.path().join("control.sock");
+        let _ = std::fs::remove_file(&path);
+        let control = UnixListener::bind(path).expect("a control socket");
+        let listeners = [("http", http.as_fd()), ("control", control.as_fd())];
         let mut script = String::new();
         for (index, (_, listener)) in listeners.iter().enumerate() {
             let copy = nix::unistd::dup(listener).expect("a copy without close-on-exec");
@@ -52,7 +57,7 @@ impl Balancer {
         script.push_str("export LISTEN_PID=$$; exec \"$@\"");
         let mut command = Command::new("bash");
         command.args(["-c", &script, "bash", env!("CARGO_BIN_EXE_epagent-balancer")]);
-        command.arg("--control").arg(dir.path().join("control.sock")).arg("--state").arg(dir.path());
+        command.arg("--state").arg(dir.path());
         command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
         Self::spawned(command.spawn().expect("the balancer starts"), dir)
     }

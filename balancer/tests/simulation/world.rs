@@ -97,6 +97,8 @@ pub struct World {
     live: Rc<Cell<usize>>,
     served: HashMap<u64, u32>,
     traced: bool,
+    /// How many requests have been noted for the access log.
+    noted: u64,
 }
 
 impl World {
@@ -105,7 +107,7 @@ impl World {
         let apps = (0..APPS).map(|_| App { listening: true, state: "up" }).collect();
         let hosts = ["a.example", "b.example", "x.wild.example"];
         let clients = (0..CLIENTS).map(|n| Client::new(&mut rng, 100 * n as u64, &hosts)).collect();
-        let config = Config { connections_max: 1 + rng.below(12), ..Config::default() };
+        let config = Config { connections_max: 1 + rng.below(12), access_log: true, ..Config::default() };
         let mut world = Self {
             rng,
             mode,
@@ -123,6 +125,7 @@ impl World {
             unadopted: HashMap::new(),
             live: Rc::default(),
             served: HashMap::new(),
+            noted: 0,
             traced: std::env::var_os("SIMULATION_TRACE").is_some(),
         };
         world.push_table();
@@ -190,6 +193,7 @@ impl World {
         }
         assert!(snapshot.routes.iter().all(|route| route.held == 0), "something is still held");
         assert_eq!((snapshot.counters.connections_open, snapshot.counters.upstream_connections_open), (0, 0));
+        assert_eq!(self.noted, snapshot.counters.requests, "the access log does not reconcile");
         drop(std::mem::take(&mut self.ready));
         self.socks.clear();
         assert_eq!(self.live.get(), 0, "lent buffers were not given back");
@@ -345,6 +349,8 @@ impl World {
             self.core.handle(self.now, completion);
         }
         self.core.finish_batch(self.now);
+        let noted = self.core.take_access();
+        self.noted += noted.iter().filter(|access| !access.request.is_empty()).count() as u64;
         let ops: Vec<Op> = self.core.ops().drain(..).collect();
         for op in ops {
             self.trace(&op);

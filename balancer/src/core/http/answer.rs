@@ -12,6 +12,7 @@ pub enum Answer {
     Refused(HeadError),
     BadChunk,
     SlowHead,
+    SlowBody,
     LargeHead,
     UnknownHost,
     NoRoutes,
@@ -39,6 +40,7 @@ impl Answer {
             Answer::Refused(HeadError::TooManyFields) | Answer::LargeHead => &mut counters.refused_large_head,
             Answer::Refused(_) | Answer::BadChunk => &mut counters.refused_bad_request,
             Answer::SlowHead => &mut counters.refused_slow_head,
+            Answer::SlowBody => &mut counters.refused_slow_body,
             Answer::UnknownHost => &mut counters.unknown_host,
             Answer::NoRoutes => &mut counters.no_routes,
             Answer::HoldShed => &mut counters.hold_shed,
@@ -68,6 +70,16 @@ impl Answer {
             out.extend_from_slice(words.text.as_bytes());
         }
         out
+    }
+
+    /// What tells it from the others, in a header and in the log.
+    pub fn code(self) -> &'static str {
+        self.words().code
+    }
+
+    pub fn status(self) -> u16 {
+        // The status lines below all begin with three digits.
+        self.words().status[..3].parse().unwrap_or_default()
     }
 
     fn words(self) -> Words {
@@ -103,6 +115,9 @@ impl Answer {
             ),
             Answer::SlowHead => {
                 ("408 Request Timeout", "slow_head", "The request's header did not arrive in time.\n", "")
+            }
+            Answer::SlowBody => {
+                ("408 Request Timeout", "slow_body", "The request's body did not arrive in time.\n", "")
             }
             Answer::LargeHead => (
                 "431 Request Header Fields Too Large",
