@@ -8,6 +8,8 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as SocketAddrUnix, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -26,6 +28,9 @@ use crate::{AppDir, Load, Shape, eventually, process, until};
 const START_DEADLINE: Duration = Duration::from_secs(60);
 /// The end includes the grace of all instances.
 const STOP_DEADLINE: Duration = Duration::from_secs(60);
+/// Node numbers of the suites: 20 to 119. Agents started by hand take the lowest free one.
+const FIRST_NODE: u32 = 20;
+const NODES: u32 = 100;
 /// Lines of each part's log that a failed test shows.
 const LOG_LINES_SHOWN: usize = 40;
 
@@ -35,6 +40,8 @@ pub struct DevHost {
     pub http: SocketAddr,
     options: Options,
     child: Option<Child>,
+    /// None when the agent chooses its number itself.
+    _number: Option<NodeNumber>,
     /// Removed last; none when the caller keeps the folder.
     _folder: Option<tempfile::TempDir>,
 }
@@ -78,6 +85,32 @@ fn own_address() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::new(127, a | 0x40, b, c | 1), 8080 + (number % 16) as u16))
 }
 
+/// A node number that no other suite uses until this is dropped. Agents give their number back at their end, so
+/// without this the next suite's agent could be taken for what the one before left.
+struct NodeNumber {
+    _held: UnixListener,
+}
+
+impl NodeNumber {
+    /// Takes a number and writes it where an agent on `state` looks for its last one.
+    fn take(state: &Path) -> Self {
+        let first = std::process::id() % NODES;
+        let (number, held) = (0..NODES)
+            .map(|step| FIRST_NODE + (first + step) % NODES)
+            .find_map(|number| {
+                let name = SocketAddrUnix::from_abstract_name(format!("epagent-e2e-node-{number}")).ok()?;
+                Some((number, UnixListener::bind_addr(&name).ok()?))
+            })
+            .unwrap_or_else(|| panic!("all node numbers are taken"));
+        // A folder with a lock file is one that an agent used before.
+        let written = fs::create_dir_all(state)
+            .and_then(|()| fs::write(state.join("lock"), ""))
+            .and_then(|()| fs::write(state.join("node"), number.to_string()));
+        written.unwrap_or_else(|error| panic!("writing the node number: {error}"));
+        Self { _held: held }
+    }
+}
+
 impl DevHost {
     /// Starts an agent and waits until it is ready.
     #[track_caller]
@@ -92,7 +125,15 @@ impl DevHost {
             .tempdir()
             .unwrap_or_else(|error| panic!("making a state folder: {error}"));
         let state = folder.path().join("state");
-        let mut host = Self { state, http: own_address(), options, child: None, _folder: Some(folder) };
+        let number = NodeNumber::take(&state);
+        let mut host = Self {
+            state,
+            http: own_address(),
+            options,
+            child: None,
+            _number: Some(number),
+            _folder: Some(folder),
+        };
         host.start_again();
         host
     }
@@ -100,7 +141,7 @@ impl DevHost {
     /// Starts an agent on a folder and an address of the caller's choice.
     #[track_caller]
     pub fn at(state: PathBuf, http: SocketAddr, options: Options) -> Self {
-        let mut host = Self { state, http, options, child: None, _folder: None };
+        let mut host = Self { state, http, options, child: None, _number: None, _folder: None };
         host.start_again();
         host
     }

@@ -69,10 +69,12 @@ pub fn descendants(ancestor: i32) -> Vec<Process> {
 }
 
 impl Process {
-    /// The file name of its executable. A binary that was replaced on disk is still known by its name.
+    /// The file name of its executable. A binary that was replaced on disk, or that runs from a sealed copy in
+    /// memory, is still known by its name.
     pub fn executable(&self) -> &str {
         let name = self.exe.as_ref().and_then(|exe| exe.file_name()?.to_str()).unwrap_or("");
-        name.strip_suffix(" (deleted)").unwrap_or(name)
+        let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+        name.strip_prefix("memfd:").unwrap_or(name)
     }
 }
 

@@ -208,7 +208,8 @@ fn a_killed_balancer_listens_again_within_a_second() {
     for _ in 0..rounds() {
         let old = host.kill("epagent-balancer");
         let since = Instant::now();
-        // The first request is made while nobody runs to accept it.
+        // What it has accepted dies with it; from its death on, connections wait in the queue of the listener.
+        eventually("it is dead", Duration::from_secs(5), || (!process::is_alive(old)).then_some(()));
         let response =
             http::get(host.http, "shop.test", "/", patience).expect("the queued request is answered");
         let took = since.elapsed();
@@ -249,7 +250,8 @@ fn the_balancer_serves_its_saved_table_without_the_agent() {
     host.deploy(&AppDir::server("shop", "v1", "")).ok();
     let agent = host.pid_of("epagentd");
     process::signal(agent, Signal::SIGSTOP);
-    host.kill("epagent-balancer");
+    let old = host.kill("epagent-balancer");
+    host.wait_restarted("epagent-balancer", old);
     let answered = http::get(host.http, "shop.test", "/", Duration::from_secs(5));
     process::signal(agent, Signal::SIGCONT);
     assert_eq!(answered.expect("answered without the agent").status, 200);
