@@ -12,10 +12,14 @@ use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RawSocket, R
 use epagent_balancer::table::Table;
 
 use crate::actors::{AppConn, Client, Rng, take_front};
+use crate::far::{Conn, Far, StreamEnd};
 
-const LISTENER: ListenerId = ListenerId(0);
+const HTTP: usize = 0;
+const TCP: usize = 1;
+const TCP_PORT: u16 = 5432;
 const APPS: usize = 4;
 const CLIENTS: usize = 8;
+const STREAMS: usize = 4;
 /// More steps than any run needs; reaching it means something is stuck.
 const STEPS_MAX: u64 = 200_000;
 
@@ -24,26 +28,6 @@ pub enum Mode {
     Calm,
     Deploys,
     Crashes,
-}
-
-/// One TCP connection, seen from the far side.
-#[derive(Default)]
-struct Conn {
-    to_core: Vec<u8>,
-    to_core_fin: bool,
-    to_far: Vec<u8>,
-    to_far_fin: bool,
-    /// How much `to_far` may hold.
-    window: usize,
-    reset: bool,
-    core_closed: bool,
-    /// The far side does nothing more.
-    hung_up: bool,
-}
-
-enum Far {
-    Client(usize),
-    App { app: usize, conn: AppConn },
 }
 
 /// A socket as the door has it.
@@ -56,9 +40,17 @@ struct DoorSock {
     trying: bool,
 }
 
-struct App {
-    listening: bool,
-    state: &'static str,
+/// A listener as the door has it.
+#[derive(Default)]
+pub struct DoorListener {
+    accepting: bool,
+    stopping: bool,
+    pub queue: VecDeque<usize>,
+}
+
+pub struct App {
+    pub listening: bool,
+    pub state: &'static str,
 }
 
 /// A lent buffer; counts itself.
@@ -80,23 +72,24 @@ impl Drop for Lent {
 }
 
 pub struct World {
-    rng: Rng,
-    mode: Mode,
+    pub rng: Rng,
+    pub mode: Mode,
     core: Core,
     now: u64,
     version: u64,
     holding: bool,
     apps: Vec<App>,
-    clients: Vec<Client>,
-    conns: Vec<(Conn, Far)>,
+    pub clients: Vec<Client>,
+    pub conns: Vec<(Conn, Far)>,
     socks: BTreeMap<SockId, DoorSock>,
     ready: Vec<Completion>,
-    accepting: bool,
-    stop_accept: bool,
+    pub listeners: [DoorListener; 2],
     unadopted: HashMap<i32, usize>,
     live: Rc<Cell<usize>>,
-    served: HashMap<u64, u32>,
+    pub served: HashMap<u64, u32>,
     traced: bool,
+    /// How much each stream carries: from the client, and back.
+    pub stream_sizes: HashMap<u64, (usize, usize)>,
     /// How many requests have been noted for the access log.
     noted: u64,
 }
@@ -120,32 +113,36 @@ impl World {
             conns: Vec::new(),
             socks: BTreeMap::new(),
             ready: Vec::new(),
-            accepting: false,
-            stop_accept: false,
+            listeners: Default::default(),
             unadopted: HashMap::new(),
             live: Rc::default(),
             served: HashMap::new(),
+            stream_sizes: HashMap::new(),
             noted: 0,
             traced: std::env::var_os("SIMULATION_TRACE").is_some(),
         };
         world.push_table();
-        world.core.add_listener(LISTENER, ListenerKind::Http);
+        world.core.add_listener(ListenerId(HTTP as u32), ListenerKind::Http);
+        world.core.add_listener(ListenerId(TCP as u32), ListenerKind::Tcp { port: TCP_PORT });
         for client in 0..CLIENTS {
-            world.dial(client);
+            world.dial(HTTP, Far::Client(client));
+        }
+        for id in 1..=STREAMS as u64 {
+            let end = StreamEnd::client(&mut world.rng, id, &mut world.stream_sizes);
+            world.dial(TCP, Far::StreamClient(end));
         }
         world
     }
 
     pub fn run(mut self) {
-        let mut pending_accepts: VecDeque<usize> = (0..CLIENTS).collect();
         for step in 0.. {
             assert!(step < STEPS_MAX, "stuck: {}", self.picture());
-            self.all_act(&mut pending_accepts);
+            self.all_act();
             if self.mode != Mode::Calm && self.rng.one_in(40) {
                 self.change_the_world();
             }
             self.now += if self.rng.one_in(4) { self.rng.below(60) } else { 0 };
-            self.batch(&mut pending_accepts);
+            self.batch();
             if self.clients.iter().all(|client| client.vanished || client.is_done())
                 && self.all_clients_gone()
             {
@@ -153,12 +150,13 @@ impl World {
             }
         }
         self.check_answers();
-        self.wind_down(&mut pending_accepts);
+        self.wind_down();
     }
 
     /// Clients that are done hang up; the run is over when the core has seen it.
     fn all_clients_gone(&self) -> bool {
-        self.conns.iter().all(|(conn, far)| !matches!(far, Far::Client(_)) || conn.core_closed)
+        let is_client = |far: &Far| matches!(far, Far::Client(_) | Far::StreamClient(_));
+        self.conns.iter().all(|(conn, far)| !is_client(far) || conn.core_closed)
     }
 
     fn check_answers(&self) {
@@ -179,11 +177,11 @@ impl World {
     }
 
     /// With the clients gone, only idle connections may be left, and those not for long.
-    fn wind_down(mut self, accepts: &mut VecDeque<usize>) {
+    fn wind_down(mut self) {
         for _ in 0..200 {
             self.now += 100;
-            self.all_act(accepts);
-            self.batch(accepts);
+            self.all_act();
+            self.batch();
         }
         assert_eq!(self.core.socket_count(), 0, "sockets are left open");
         let snapshot = self.core.snapshot(self.now);
@@ -212,8 +210,11 @@ impl World {
             r#"{{"version":{},"routes":[
               {{"id":"a","match":{{"host":"a.example"}},"action":{action}}},
               {{"id":"b","match":{{"host":"b.example"}},"action":{proxy}}},
-              {{"id":"w","match":{{"host":"*.wild.example"}},"action":{proxy}}}]}}"#,
-            self.version
+              {{"id":"w","match":{{"host":"*.wild.example"}},"action":{proxy}}},
+              {{"id":"t","match":{{"port":{TCP_PORT}}},"action":{}}}]}}"#,
+            self.version,
+            // The same instances listen for streams at addresses of their own.
+            action.replace("10.0.0.", "10.0.1.").replace("\"id\":\"app", "\"id\":\"stream")
         );
         let table: Table = serde_json::from_str(&text).expect("a table");
         table.validate().expect("a valid table");
@@ -235,7 +236,7 @@ impl World {
             _ => {
                 self.apps[app].listening = self.rng.one_in(2);
                 for (conn, far) in &mut self.conns {
-                    if matches!(far, Far::App { app: owner, .. } if *owner == app) && self.rng.one_in(2) {
+                    if far.is_of(app) && self.rng.one_in(2) {
                         conn.reset = true;
                     }
                 }
@@ -249,93 +250,13 @@ impl World {
     }
 
     fn has_work(&self, app: usize) -> bool {
-        let of_app = |far: &Far| matches!(far, Far::App { app: owner, .. } if *owner == app);
-        self.conns.iter().any(|(conn, far)| of_app(far) && !conn.core_closed)
+        self.conns.iter().any(|(conn, far)| far.is_of(app) && !conn.core_closed)
     }
 
-    /// One client or app does some of what it could do.
-    /// Returns the client that wants a new connection.
-    fn far_acts(&mut self, at: usize) -> Option<usize> {
-        let crashes = self.mode == Mode::Crashes;
-        let (rng, (conn, far)) = (&mut self.rng, &mut self.conns[at]);
-        if conn.hung_up || !rng.one_in(2) {
-            return None;
-        }
-        let count = match rng.below(3) {
-            0 => rng.below(50) as usize,
-            _ => rng.below(200_000) as usize,
-        };
-        let taken = take_front(&mut conn.to_far, count);
-        let over = conn.reset || (conn.to_far_fin && conn.to_far.is_empty());
-        match far {
-            Far::Client(n) => {
-                let client = &mut self.clients[*n];
-                client.incoming.extend_from_slice(&taken);
-                client.read(over && !conn.reset);
-                if crashes && rng.one_in(300) {
-                    (client.vanished, conn.reset) = (true, true);
-                }
-                if client.told_to_close || over || conn.reset {
-                    let left = !client.is_done() && !client.vanished;
-                    assert!(crashes || !left || client.told_to_close, "client {n} was cut off");
-                    // A request that may have been carried out is not for a client to repeat.
-                    client.vanished |= left && !client.told_to_close;
-                    conn.to_core_fin = true;
-                    conn.hung_up = true;
-                    if left && client.told_to_close {
-                        client.reconnect();
-                        return Some(*n);
-                    }
-                    return None;
-                }
-                client.go_on();
-                let said = take_front(&mut client.outgoing, rng.below(100_000) as usize);
-                conn.to_core.extend_from_slice(&said);
-                let said_all = client.todo.is_empty() && client.outgoing.is_empty();
-                if client.is_done() || (client.half_closes && said_all) {
-                    conn.to_core_fin = true;
-                }
-            }
-            Far::App { conn: app_conn, .. } => {
-                if conn.reset {
-                    conn.hung_up = true;
-                    return None;
-                }
-                app_conn.incoming.extend_from_slice(&taken);
-                for (id, repeatable) in app_conn.serve(rng) {
-                    if !repeatable {
-                        *self.served.entry(id).or_default() += 1;
-                    }
-                }
-                let said = take_front(&mut app_conn.outgoing, rng.below(100_000) as usize);
-                conn.to_core.extend_from_slice(&said);
-                if over || (app_conn.closes_after_this && app_conn.outgoing.is_empty()) {
-                    conn.to_core_fin = true;
-                    conn.hung_up = over;
-                }
-            }
-        }
-        None
-    }
-
-    fn all_act(&mut self, accepts: &mut VecDeque<usize>) {
-        for at in 0..self.conns.len() {
-            if let Some(client) = self.far_acts(at) {
-                accepts.push_back(self.dial(client));
-            }
-        }
-    }
-
-    /// A new connection of a client.
-    fn dial(&mut self, client: usize) -> usize {
-        let window = 64 + self.rng.below(100_000) as usize;
-        self.conns.push((Conn { window, ..Conn::default() }, Far::Client(client)));
-        self.conns.len() - 1
-    }
-
-    fn batch(&mut self, accepts: &mut VecDeque<usize>) {
+    fn batch(&mut self) {
         let mut groups: Vec<Vec<Completion>> = self.ready.drain(..).map(|one| vec![one]).collect();
-        self.accept_some(accepts, &mut groups);
+        self.accept_some(HTTP, &mut groups);
+        self.accept_some(TCP, &mut groups);
         let ids: Vec<SockId> = self.socks.keys().copied().collect();
         for id in ids {
             let mut group = Vec::new();
@@ -367,19 +288,21 @@ impl World {
         }
     }
 
-    fn accept_some(&mut self, accepts: &mut VecDeque<usize>, groups: &mut Vec<Vec<Completion>>) {
+    fn accept_some(&mut self, index: usize, groups: &mut Vec<Vec<Completion>>) {
         let mut group = Vec::new();
-        while self.accepting && self.rng.one_in(2) {
-            let Some(conn) = accepts.pop_front() else { break };
+        let id = ListenerId(index as u32);
+        let listener = &mut self.listeners[index];
+        while listener.accepting && self.rng.one_in(2) {
+            let Some(conn) = listener.queue.pop_front() else { break };
             self.unadopted.insert(conn as i32, conn);
-            let peer = Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, conn as u8)));
-            group.push(Completion::Accepted { listener: LISTENER, raw: RawSocket(conn as i32), peer });
+            let peer = (index == HTTP).then_some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, conn as u8)));
+            group.push(Completion::Accepted { listener: id, raw: RawSocket(conn as i32), peer });
         }
-        let failed = self.accepting && self.rng.one_in(200);
-        if self.stop_accept || failed {
-            (self.accepting, self.stop_accept) = (false, false);
+        let failed = listener.accepting && self.rng.one_in(200);
+        if listener.stopping || failed {
+            (listener.accepting, listener.stopping) = (false, false);
             let error = failed.then_some(Errno(libc::EMFILE));
-            group.push(Completion::AcceptEnded { listener: LISTENER, error });
+            group.push(Completion::AcceptEnded { listener: id, error });
         }
         groups.push(group);
     }
@@ -445,13 +368,14 @@ impl World {
 
     fn apply(&mut self, op: Op) {
         match op {
-            Op::Accept(_) => {
-                assert!(!self.accepting, "accept is armed twice");
-                self.accepting = true;
+            Op::Accept(id) => {
+                let listener = &mut self.listeners[id.0 as usize];
+                assert!(!std::mem::replace(&mut listener.accepting, true), "accept is armed twice");
             }
-            Op::StopAccept(_) => {
-                assert!(self.accepting, "stopping an accept that is not armed");
-                self.stop_accept = true;
+            Op::StopAccept(id) => {
+                let listener = &mut self.listeners[id.0 as usize];
+                assert!(listener.accepting, "stopping an accept that is not armed");
+                listener.stopping = true;
             }
             Op::Adopt { raw, sock } => {
                 let conn = self.unadopted.remove(&raw.0).expect("adopted once");
@@ -503,7 +427,11 @@ impl World {
         assert!(!self.holding || self.apps[app].state == "up", "a connect to an app that is not up");
         assert_eq!(self.apps[app].state, "up", "a connect to an app that is not up");
         let window = 64 + self.rng.below(100_000) as usize;
-        self.conns.push((Conn { window, ..Conn::default() }, Far::App { app, conn: AppConn::default() }));
+        let far = match ip.octets()[2] {
+            0 => Far::App { app, conn: AppConn::default() },
+            _ => Far::StreamApp { app, end: StreamEnd::default() },
+        };
+        self.conns.push((Conn { window, ..Conn::default() }, far));
         self.insert(sock, self.conns.len() - 1);
         let shortage = self.rng.one_in(100);
         self.ready.push(if self.apps[app].listening && !shortage {
