@@ -1,38 +1,53 @@
-//! The `epagent` command.
+//! The `epagent` command: what an operator has in hand.
+//!
+//! Two programs in one. `epagent dev` supervises a whole node and is single-threaded and synchronous, because it
+//! forks ([`dev`]). Every other command is a client of the agent's API ([`verbs`]), on a runtime with one thread.
+//!
+//! | module | |
+//! |---|---|
+//! | [`args`] | the command line |
+//! | [`verbs`] | what each command does |
+//! | [`client`] | the API over its unix socket |
+//! | [`pack`] | the operator's files as streams |
+//! | [`screen`], [`terminal`] | what people see and type |
+//! | [`failure`] | how every command fails: one shape, documented statuses |
+//! | [`dev`] | a whole node in the foreground |
 
 #![deny(unsafe_code)]
 
+mod args;
+mod client;
 mod dev;
 mod failure;
+mod pack;
+mod screen;
+mod terminal;
+mod verbs;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
 
-#[derive(Debug, Parser)]
-#[command(version, about = "A small hosting platform", after_help = failure::EXIT_CODES)]
-struct Args {
-    #[command(subcommand)]
-    verb: Verb,
-}
-
-#[derive(Debug, clap::Subcommand)]
-enum Verb {
-    /// Run a whole node in the foreground from one folder
-    Dev(dev::DevArgs),
-}
+use args::{Arguments, Verb};
+use failure::{Failure, status};
+use screen::Screen;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let done = match &args.verb {
-        Verb::Dev(args) => dev::run(args),
+    let arguments = Arguments::parse();
+    let done = match &arguments.verb {
+        Verb::Dev(args) => dev::run(args).map(|()| status::OK),
+        _ => run(arguments),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            let _ = writeln!(std::io::stderr(), "{failure}");
-            ExitCode::from(failure.status)
-        }
-    }
+    let status = done.unwrap_or_else(|failure| {
+        Screen::stderr().say(&failure.to_string());
+        failure.status
+    });
+    ExitCode::from(status)
+}
+
+fn run(arguments: Arguments) -> Result<u8, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| {
+        Failure::new(status::FAILED, "system_error", format!("starting the runtime: {error}"), "")
+    })?;
+    runtime.block_on(verbs::run(arguments))
 }

@@ -22,26 +22,47 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 const BINARIES: [&str; 6] =
     ["epagentd", "epagent-runner", "epagent-balancer", "epagent-lease", "epagent-jail", "epagent-unpack"];
 
-/// The host: root, kernel, btrfs, programs.
+/// One thing this host must have: its name, and how it looks for it.
+type HostCheck = (&'static str, fn() -> Result<String, DevError>);
+
+/// In the order in which they are worth mending.
+pub const HOST: [HostCheck; 5] = [
+    ("root", root),
+    ("kernel", kernel),
+    ("btrfs-progs", || installed("mkfs.btrfs", "btrfs-progs")),
+    ("nftables", || installed("nft", "nftables")),
+    ("btrfs", btrfs),
+];
+
+/// The host: root, kernel, programs, btrfs.
 pub fn host() -> Result<(), DevError> {
+    HOST.iter().try_for_each(|(_, look)| look().map(drop))
+}
+
+fn root() -> Result<String, DevError> {
     let uid = geteuid();
-    if !uid.is_root() {
-        return Err(DevError::NotRoot { uid: uid.as_raw() });
+    match uid.is_root() {
+        true => Ok("this is root".to_owned()),
+        false => Err(DevError::NotRoot { uid: uid.as_raw() }),
     }
-    let release =
-        uname().map_err(|source| DevError::Wait { source })?.release().to_string_lossy().into_owned();
-    if kernel_version(&release).is_none_or(|version| version < KERNEL_MIN) {
-        return Err(DevError::OldKernel { release });
+}
+
+fn kernel() -> Result<String, DevError> {
+    let names = uname().map_err(|source| DevError::Wait { source })?;
+    let release = names.release().to_string_lossy().into_owned();
+    match kernel_version(&release) {
+        Some(version) if version >= KERNEL_MIN => Ok(release),
+        _ => Err(DevError::OldKernel { release }),
     }
-    for (program, package) in [("mkfs.btrfs", "btrfs-progs"), ("nft", "nftables")] {
-        if !is_installed(program) {
-            return Err(DevError::NoProgram { program, package });
-        }
-    }
-    if !has_btrfs() {
-        return Err(DevError::NoBtrfs);
-    }
-    Ok(())
+}
+
+fn installed(program: &'static str, package: &'static str) -> Result<String, DevError> {
+    let found = PATH.split(':').map(|folder| Path::new(folder).join(program)).find(|path| path.is_file());
+    found.map(|path| path.display().to_string()).ok_or(DevError::NoProgram { program, package })
+}
+
+fn btrfs() -> Result<String, DevError> {
+    if has_btrfs() { Ok("the kernel has it".to_owned()) } else { Err(DevError::NoBtrfs) }
 }
 
 /// The folder our own executable lies in, when all the others lie there too.
@@ -91,10 +112,6 @@ pub fn parse_size(text: &str) -> Result<u64, DevError> {
 fn kernel_version(release: &str) -> Option<(u32, u32)> {
     let mut parts = release.split(|c: char| !c.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
-}
-
-fn is_installed(program: &str) -> bool {
-    PATH.split(':').any(|folder| Path::new(folder).join(program).is_file())
 }
 
 /// Loads the module where btrfs is one. A failing modprobe only means that the list will still lack it.

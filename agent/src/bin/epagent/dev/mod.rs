@@ -103,6 +103,11 @@ pub fn run(args: &DevArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What can be said of this host without starting anything, for `epagent doctor`.
+pub fn host_checks() -> impl Iterator<Item = (&'static str, Result<String, Failure>)> {
+    checks::HOST.iter().map(|(name, look)| (*name, look().map_err(Failure::from)))
+}
+
 /// Keeps a second supervisor from this folder, for as long as the answer lives.
 fn lock(layout: &Layout) -> Result<Flock<File>, DevError> {
     let path = layout.path("lock");
