@@ -80,7 +80,7 @@ fn a_held_request_ages_out() {
     let mut client = Client::connect(balancer.http);
     let response = client.send(GET).read();
     assert_eq!((response.status, response.field("x-epagent-error")), (503, Some("hold_expired")));
-    assert!(start.elapsed() >= Duration::from_millis(200) && start.elapsed() < Duration::from_secs(2));
+    assert!(start.elapsed() >= Duration::from_millis(200) && start.elapsed() < Duration::from_secs(5));
     assert_eq!(client.send(GET).read().status, 503, "the connection goes on");
     assert_eq!(balancer.status().counters.hold_expired, 2);
 }
@@ -99,7 +99,7 @@ fn requests_for_an_app_that_restarts_wait_for_it() {
     let app = App::start_on(address, |_, stream| respond(stream, b"back"));
     let back = Instant::now();
     assert_eq!(clients[0].read().text(), "back");
-    assert!(back.elapsed() < Duration::from_secs(1), "found after {:?}", back.elapsed());
+    assert!(back.elapsed() < Duration::from_secs(3), "found after {:?}", back.elapsed());
     for client in &mut clients[1..] {
         assert_eq!(client.read().text(), "back");
     }

@@ -43,7 +43,8 @@ fn killed_and_restarted_it_serves_the_queued_from_the_saved_table() {
     for client in &mut queued {
         assert_eq!(client.read().text(), "shop");
     }
-    assert!(restart.elapsed() < Duration::from_secs(1), "back after {:?}", restart.elapsed());
+    // It takes some 30 ms; other tests run meanwhile.
+    assert!(restart.elapsed() < Duration::from_secs(2), "back after {:?}", restart.elapsed());
     assert_eq!(balancer.status().table_version, 1, "nobody has pushed a table again");
 }
 
@@ -94,7 +95,7 @@ fn told_to_stop_it_ends_within_its_cap() {
     let start = Instant::now();
     balancer.signal(Signal::SIGTERM);
     poll("it has ended", || balancer.child.try_wait().expect("its state"));
-    assert!(start.elapsed() < Duration::from_secs(2));
+    assert!(start.elapsed() < Duration::from_secs(4));
 }
 
 #[test]
@@ -257,18 +258,24 @@ fn slow_readers_pin_no_memory_and_stall_nobody() {
     // Few buffers: a handful of slow readers could hold them all, if they were let.
     let balancer = Balancer::start(&["--buffers", "32"]);
     balancer.route("shop.example", &[("a", app.address, "up")]);
+    let mut fast = Client::connect(balancer.http);
+    let mut ask = || {
+        let start = Instant::now();
+        for _ in 0..300 {
+            assert_eq!(fast.get("shop.example", "/").text(), "small");
+        }
+        start.elapsed()
+    };
+    let quiet = ask();
     let before_kib = balancer.resident_kib();
     let mut slow: Vec<Client> = (0..40).map(|_| Client::connect(balancer.http)).collect();
     for client in &mut slow {
         client.send("GET /large HTTP/1.1\r\nHost: shop.example\r\n\r\n");
     }
-    until("the app has begun with all of them", || app.request_count() == 40);
-    let mut fast = Client::connect(balancer.http);
-    let start = Instant::now();
-    for _ in 0..300 {
-        assert_eq!(fast.get("shop.example", "/").text(), "small");
-    }
-    assert!(start.elapsed() < Duration::from_secs(3), "300 requests took {:?}", start.elapsed());
+    until("the app has begun with all of them", || app.request_count() == 340);
+    let beside = ask();
+    // Generous, since other tests run meanwhile; starved of buffers it would take minutes.
+    assert!(beside < 5 * quiet + Duration::from_secs(2), "{quiet:?} became {beside:?}");
     let grown_kib = balancer.resident_kib().saturating_sub(before_kib);
     assert!(grown_kib < 40 * 700 + 8_000, "40 slow readers took {grown_kib} KiB");
     // And when they read at last, they get every byte.
