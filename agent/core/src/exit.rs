@@ -45,9 +45,7 @@ impl fmt::Display for Exit {
             (Some(signal), _) => write!(f, "was killed by {}", SignalName(signal)),
             (None, Some(code)) => write!(f, "ended with exit code {code}"),
             (None, None) if self.monitor_lost => f.write_str("ended together with its monitor"),
-            (None, None) => {
-                f.write_str("was gone when the agent looked for it, as after a stop of the whole node")
-            }
+            (None, None) => f.write_str("was stopped together with the node"),
         }
     }
 }
