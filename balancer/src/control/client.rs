@@ -71,7 +71,14 @@ impl Client {
     /// Sends one line as it is and returns the answer.
     pub fn raw(&mut self, line: &str) -> Result<Response, ClientError> {
         let stream = self.stream.get_mut();
-        stream.write_all(line.as_bytes()).and_then(|()| stream.write_all(b"\n")).map_err(ClientError::Io)?;
+        let sent = stream.write_all(line.as_bytes()).and_then(|()| stream.write_all(b"\n"));
+        // One that closed on us may have said why.
+        match sent {
+            Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+                return Err(ClientError::Io(error));
+            }
+            _ => {}
+        }
         let mut answer = Vec::new();
         let mut bounded = (&mut self.stream).take(LINE_BYTES_MAX as u64);
         if bounded.read_until(b'\n', &mut answer).map_err(ClientError::Io)? == 0 {
