@@ -90,8 +90,8 @@ impl Server {
             Ok(outcome) => effects::done(&mut self.tables, &work, outcome),
             Err(refusal) => effects::failed(&mut self.tables, &work, refusal, crate::now_ms()),
         }
-        if let Work::Reap { jail } = &work {
-            self.reaping.remove(jail);
+        if let Work::Reap(record) = &work {
+            self.reaping.remove(&record.jail);
         }
         self.tell_ends(&work);
         if let Work::Survey = work {
@@ -225,7 +225,7 @@ impl Server {
     /// Tells those ends that were only known once a child had done its part.
     fn tell_ends(&mut self, work: &Work) {
         let jail = match work {
-            Work::Reap { jail } => jail,
+            Work::Reap(record) => &record.jail,
             Work::ImageConclude { job, .. } => &job.jail,
             _ => return,
         };

@@ -7,7 +7,7 @@ use epagent_wire::name::{AppName, ReleaseNumber};
 use epagent_wire::runner::{Exit, Refusal};
 
 use crate::order::Order;
-use crate::tables::{Jail, Phase, Tables};
+use crate::tables::{Jail, JailRecord, Phase, Tables};
 use crate::work::{Outcome, Work};
 
 /// A jail is about to be made.
@@ -34,10 +34,7 @@ pub fn done(tables: &mut Tables, work: &Work, outcome: &Outcome) {
             if let Outcome::Image(id) = outcome {
                 tables.images.insert(image.clone(), id.clone());
             }
-            if let (Some(jail), Some(exit)) = (tables.jails.get_mut(&job.jail), &job.concluded) {
-                jail.record = job.clone();
-                jail.phase = Phase::Exited { exit: exit.clone(), started_at_ms: None };
-            }
+            conclude(tables, job);
         }
         Work::ImageRemove { image, .. } => drop(tables.images.remove(image)),
         Work::ReleaseSeal(record) => tables.insert_release(record.clone()),
@@ -53,12 +50,7 @@ pub fn done(tables: &mut Tables, work: &Work, outcome: &Outcome) {
                 remove_release(tables, &release.app, release.release);
             }
         }
-        Work::Reap { jail } => {
-            if let Some(jail) = tables.jails.get_mut(jail) {
-                let exit = Exit { monitor_lost: true, at_ms: crate::now_ms(), ..Exit::default() };
-                jail.phase = Phase::Exited { exit, started_at_ms: jail.started_at_ms() };
-            }
-        }
+        Work::Reap(record) => conclude(tables, record),
         Work::LogRemove { jail } => drop(tables.logs.remove(jail)),
         Work::ImageStage { .. }
         | Work::ReleaseStage { .. }
@@ -73,8 +65,7 @@ pub fn failed(tables: &mut Tables, work: &Work, refusal: &Refusal, now_ms: u64) 
     let (jail, why) = match work {
         Work::ImageConclude { job, .. } => (&job.jail, format!("publish the image: {}", refusal.message)),
         Work::Discard(what) => (&what.jail, format!("remove what is left of it: {}", refusal.message)),
-        // Asked for again at the next look at the monitors.
-        Work::Reap { .. } => return,
+        // A reaping that failed is begun again at the next look at the monitors.
         _ => return,
     };
     if let Some(jail) = tables.jails.get_mut(jail)
@@ -82,6 +73,14 @@ pub fn failed(tables: &mut Tables, work: &Work, refusal: &Refusal, now_ms: u64) 
     {
         let exit = Exit { start_error: Some(why), at_ms: now_ms, ..Exit::default() };
         jail.phase = Phase::Exited { exit, started_at_ms: None };
+    }
+}
+
+/// The end that the record tells is the jail's.
+fn conclude(tables: &mut Tables, record: &JailRecord) {
+    if let (Some(jail), Some(exit)) = (tables.jails.get_mut(&record.jail), &record.concluded) {
+        jail.phase = Phase::Exited { exit: exit.clone(), started_at_ms: jail.started_at_ms() };
+        jail.record = record.clone();
     }
 }
 

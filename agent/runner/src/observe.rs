@@ -17,6 +17,8 @@ use crate::tables::address;
 use crate::work::{Outcome, Survey, Work};
 
 pub const FIGURES_AGE_MAX: Duration = Duration::from_secs(2);
+/// How long a look is waited for.
+const LOOK_TIME_MAX: Duration = Duration::from_secs(3);
 /// Calls that wait for one look.
 const WAITING_MAX: usize = 64;
 
@@ -25,7 +27,7 @@ const WAITING_MAX: usize = 64;
 pub struct Figures {
     survey: Survey,
     seen: Option<Instant>,
-    looking: bool,
+    looking_since: Option<Instant>,
     waiting: Vec<To>,
     features: Vec<Feature>,
 }
@@ -45,23 +47,30 @@ impl Figures {
                 fallback: "limits by v1 controllers, everything else by v2".to_owned(),
             },
         ];
-        Figures { survey: Survey::default(), seen: None, looking: false, waiting: Vec::new(), features }
+        Figures { survey: Survey::default(), seen: None, looking_since: None, waiting: Vec::new(), features }
+    }
+}
+
+impl Figures {
+    /// Whether the pool has not answered for so long that the old figures have to do.
+    fn is_late(&self, now: Instant) -> bool {
+        self.looking_since.is_some_and(|since| now.saturating_duration_since(since) > LOOK_TIME_MAX)
     }
 }
 
 impl Server {
     pub fn observe(&mut self, to: To) {
-        if self.figures.seen.is_some_and(|seen| seen.elapsed() < FIGURES_AGE_MAX) {
-            let world = self.world();
-            return self.answer(to, Ok(Reply::World(Box::new(world))));
+        let fresh = self.figures.seen.is_some_and(|seen| seen.elapsed() < FIGURES_AGE_MAX);
+        if fresh || self.figures.is_late(Instant::now()) {
+            return self.answer_world(to);
         }
         if self.figures.waiting.len() >= WAITING_MAX {
             let message = format!("{WAITING_MAX} calls wait for the figures of the pool already");
             return self.answer(to, Err(Refusal { code: RefusalCode::Exhausted, message }));
         }
         self.figures.waiting.push(to);
-        if !self.figures.looking {
-            self.figures.looking = true;
+        if self.figures.looking_since.is_none() {
+            self.figures.looking_since = Some(Instant::now());
             self.admit(Task::Own { work: Work::Survey, keys: Vec::new() });
         }
     }
@@ -76,11 +85,26 @@ impl Server {
             Ok(_) => {}
             Err(refusal) => eprintln!("epagent-runner: {}", refusal.message),
         }
-        self.figures.looking = false;
-        for to in std::mem::take(&mut self.figures.waiting) {
-            let world = self.world();
-            self.answer(to, Ok(Reply::World(Box::new(world))));
+        self.figures.looking_since = None;
+        self.answer_observers();
+    }
+
+    /// A pool that does not answer must not hide what runs.
+    pub fn answer_late_observers(&mut self, now: Instant) {
+        if self.figures.is_late(now) {
+            self.answer_observers();
         }
+    }
+
+    fn answer_observers(&mut self) {
+        for to in std::mem::take(&mut self.figures.waiting) {
+            self.answer_world(to);
+        }
+    }
+
+    fn answer_world(&mut self, to: To) {
+        let world = self.world();
+        self.answer(to, Ok(Reply::World(Box::new(world))));
     }
 
     fn world(&self) -> World {

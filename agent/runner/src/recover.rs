@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use epagent_isolation::cgroup::CgroupRoot;
 use epagent_isolation::net::{self, FirewallConfig};
 use epagent_isolation::sweep::{self, Found};
-use epagent_storage::{Allocation, Location, Pool, PoolConfig};
+use epagent_storage::{Allocation, LiveSet, Location, Pool, PoolConfig};
 use epagent_wire::name::{AppName, JailId, ReleaseNumber};
 use epagent_wire::runner::Exit;
 
@@ -43,11 +43,12 @@ pub fn pool_config(config: &Config) -> PoolConfig {
 
 /// Opens all there is and sorts out what was left half done.
 pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
-    let disk = Disk::open(&config.state_dir)?;
-    let records = disk.read()?;
     let binaries = Binaries::open(&config)?;
     let sockets = Sockets::open(&config.jail_sockets())?;
+    // Waits for a predecessor's last child, which may be writing records still.
     let pool = Pool::open_or_create(&pool_config(&config))?;
+    let disk = Disk::open(&config.state_dir)?;
+    let records = disk.read()?;
     let cgroups = CgroupRoot::open(&config.cgroup.root)?;
     net::install_firewall(&FirewallConfig {
         node: config.node,
@@ -58,19 +59,19 @@ pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
     skeleton::ensure(&pool)?;
 
     let boot = boot_id()?;
+    // First the pool finishes or takes back what it was in the middle of; only then is it asked what it has.
     let mut live = pool.live_set()?;
+    claim(&records, &mut live);
+    let swept = pool.sweep(&live)?;
+    for line in swept.finished.iter().chain(&swept.undone).chain(&swept.orphans).chain(&swept.failed) {
+        eprintln!("epagent-runner: pool: {line}");
+    }
     let found = sweep::survey(&cgroups)?;
     let reader_gid = config.brain_uid;
     let site = Site { pool: &pool, disk: &disk, cgroups: &cgroups, sockets: sockets.path(), reader_gid };
     let tables = tables(records, &found, &boot, &site)?;
-    live.staging = staging_in_use(&tables);
-    live.instances = tables.jails.keys().filter_map(|jail| instance_id(jail).ok()).collect();
-    for found in found.iter().filter(|found| !is_known(&tables, found)) {
+    for found in found.iter().filter(|found| !is_claimed(&tables, found)) {
         sweep::remove(&cgroups, &found.id)?;
-    }
-    let swept = pool.sweep(&live)?;
-    for line in swept.finished.iter().chain(&swept.undone).chain(&swept.orphans).chain(&swept.failed) {
-        eprintln!("epagent-runner: pool: {line}");
     }
     let slots: Vec<u32> = tables.jails.values().filter_map(|jail| jail.record.slot).collect();
     net_links(config.node, &slots)?;
@@ -90,8 +91,10 @@ fn boot_id() -> Result<String, WorkError> {
         .map_err(|source| WorkError::Call { operation: "read the kernel's boot id", source })
 }
 
-fn is_known(tables: &Tables, found: &Found) -> bool {
-    found.id.as_str().parse::<JailId>().is_ok_and(|jail| tables.jails.contains_key(&jail))
+/// A jail of ours; one that was lost only for as long as its monitor lives after all.
+fn is_claimed(tables: &Tables, found: &Found) -> bool {
+    let jail = found.id.as_str().parse::<JailId>().ok().and_then(|jail| tables.jails.get(&jail));
+    jail.is_some_and(|jail| jail.record.concluded.is_none() || found.monitor_alive)
 }
 
 /// The tables as records and pool have them together; records of what never came to be are removed.
@@ -149,6 +152,8 @@ fn releases(records: Vec<ReleaseRecord>, tables: &mut Tables, site: &Site<'_>) -
         let is_sealed = trees.remove(&(record.app.clone(), record.release)).is_some();
         let is_staged = !is_sealed && site.pool.staging_open(&record.staging()).is_ok();
         if !is_sealed && !is_staged {
+            // What there is of its tree was never completed.
+            site.pool.staging_abort(&record.staging())?;
             site.disk.remove_release(&record.app, record.release)?;
             continue;
         }
@@ -166,13 +171,12 @@ fn releases(records: Vec<ReleaseRecord>, tables: &mut Tables, site: &Site<'_>) -
     Ok(())
 }
 
-fn staging_in_use(tables: &Tables) -> BTreeSet<epagent_storage::StagingId> {
-    let releases = tables.releases.values().filter(|record| !record.sealed).map(ReleaseRecord::staging);
-    let jobs = tables.jails.values().map(|jail| &jail.record);
-    let jobs = jobs
-        .filter(|job| job.makes_image().is_some() && job.concluded.is_none())
-        .map(JailRecord::image_staging);
-    releases.chain(jobs).collect()
+/// What records speak for: the trees that are being built and the roots of jails.
+fn claim(records: &Records, live: &mut LiveSet) {
+    let releases = records.releases.iter().filter(|record| !record.sealed).map(ReleaseRecord::staging);
+    let jobs = records.jails.iter().filter(|job| job.makes_image().is_some() && job.concluded.is_none());
+    live.staging = releases.chain(jobs.map(JailRecord::image_staging)).collect();
+    live.instances = records.jails.iter().filter_map(|record| instance_id(&record.jail).ok()).collect();
 }
 
 impl Server {

@@ -10,7 +10,7 @@
 //! This file has the set and what wakes it; [`crate::acts`] carries plans out, [`crate::watch`] follows the monitors.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use epagent_isolation::cgroup::CgroupRoot;
@@ -88,6 +88,24 @@ pub enum Task {
     },
 }
 
+impl Task {
+    /// Instances are stopped and looked at also while all children are busy, or stuck on a disk.
+    fn needs_child(&self) -> bool {
+        let Task::Ask(ask) = self else { return true };
+        !matches!(
+            ask.request,
+            Request::Hello { .. }
+                | Request::Observe
+                | Request::Stop { .. }
+                | Request::Exec { .. }
+                | Request::ExecResize { .. }
+                | Request::ExecKill { .. }
+                | Request::Inspect { .. }
+                | Request::LogOpen { .. }
+        )
+    }
+}
+
 #[derive(Debug)]
 pub struct Ask {
     pub to: To,
@@ -140,7 +158,12 @@ pub struct Server {
     /// Commands that were hung up and are killed when they are still there at this time.
     pub hung_up: VecDeque<(Instant, JailId, u32)>,
     parked: VecDeque<Task>,
+    resuming: bool,
+    /// Something was parked or has ended since parked tasks were last gone through.
+    stirred: bool,
     busy: Busy,
+    /// What was open before the loop began: all that a child needs.
+    base_fds: BTreeSet<RawFd>,
     epoll: Epoll,
     listener: OwnedFd,
     serial: u64,
@@ -183,7 +206,10 @@ impl Server {
             reaping: BTreeSet::new(),
             hung_up: VecDeque::new(),
             parked: VecDeque::new(),
+            resuming: false,
+            stirred: false,
             busy: Busy::default(),
+            base_fds: crate::sys::open_fds(),
             epoll,
             serial: 0,
             next_tick: Instant::now(),
@@ -233,6 +259,7 @@ impl Server {
         if now >= self.next_tick {
             self.next_tick = now + TICK;
             self.look_after_monitors();
+            self.answer_late_observers(now);
             self.kill_hung_up(now);
         }
     }
@@ -290,6 +317,8 @@ impl Server {
         if let Ok(bytes) = serde_json::to_vec(&Message::Reply { id: 0, result: Err(refusal) }) {
             let _ = crate::packet::send(socket.as_fd(), &bytes, None);
         }
+        // Closed with something unread, it would be a reset to the other side, ahead of the words just sent.
+        let _ = crate::packet::receive(socket.as_fd());
     }
 
     fn welcome(&mut self, socket: OwnedFd) {
@@ -300,10 +329,14 @@ impl Server {
     }
 
     fn serve_peer(&mut self, id: PeerId, flags: EpollFlags) {
+        let gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
+        if gone && self.peers.is_behind(id) {
+            return self.drop_peer(id);
+        }
         if flags.contains(EpollFlags::EPOLLOUT) {
             let sent = self.peers.get(id).map_or(Ok(()), |peer| peer.flush());
             if sent.is_err() {
-                return self.peers.remove(id);
+                return self.drop_peer(id);
             }
         }
         for _ in 0..PACKETS_PER_TURN {
@@ -320,7 +353,7 @@ impl Server {
                     self.answer(To { peer: id, call: 0 }, Err(refusal));
                 }
                 Ok(Received::Empty) => break,
-                Ok(Received::Closed) | Err(_) => return self.peers.remove(id),
+                Ok(Received::Closed) | Err(_) => return self.drop_peer(id),
             }
         }
         self.set_interest(id);
@@ -333,8 +366,16 @@ impl Server {
         let mut event = EpollEvent::new(flags, Token::Peer(id).number());
         let Some(peer) = self.peers.get(id) else { return };
         if self.epoll.modify(&*peer, &mut event).is_err() {
-            self.peers.remove(id);
+            self.drop_peer(id);
         }
+    }
+
+    /// Out of the set first: forked children may hold the connection open a moment longer.
+    fn drop_peer(&mut self, id: PeerId) {
+        if let Some(peer) = self.peers.get(id) {
+            let _ = self.epoll.delete(&*peer);
+        }
+        self.peers.remove(id);
     }
 
     pub fn answer(&mut self, to: To, result: Result<Reply, Refusal>) {
@@ -343,14 +384,14 @@ impl Server {
 
     pub fn answer_with(&mut self, to: To, result: Result<Reply, Refusal>, descriptor: Option<OwnedFd>) {
         match self.peers.answer(to, result, descriptor) {
-            true => self.peers.remove(to.peer),
+            true => self.drop_peer(to.peer),
             false => self.set_interest(to.peer),
         }
     }
 
     pub fn tell(&mut self, event: &epagent_wire::runner::Event) {
         for lost in self.peers.tell(event) {
-            self.peers.remove(lost);
+            self.drop_peer(lost);
         }
         for id in self.peers.ids() {
             self.set_interest(id);
@@ -387,19 +428,31 @@ impl Server {
     }
 
     /// Goes through what is parked, in order, and begins with all whose objects nobody before them holds or waits for.
+    /// What is begun may itself end or park something; then it is gone through again, and not within itself.
     pub fn resume(&mut self) {
-        let mut waiting = Busy::default();
-        for _ in 0..self.parked.len() {
-            let Some(task) = self.parked.pop_front() else { return };
-            let keys = self.keys_of(&task);
-            let free = !self.busy.conflicts(&keys) && !waiting.conflicts(&keys);
-            if free && self.running.len() < WORKERS_MAX {
-                self.begin(task, keys);
-            } else {
-                waiting.take(&keys);
-                self.parked.push_back(task);
-            }
+        self.stirred = true;
+        if self.resuming {
+            return;
         }
+        self.resuming = true;
+        while std::mem::take(&mut self.stirred) {
+            let mut waiting = Busy::default();
+            let mut kept = VecDeque::new();
+            for task in std::mem::take(&mut self.parked) {
+                let keys = self.keys_of(&task);
+                let free = !self.busy.conflicts(&keys) && !waiting.conflicts(&keys);
+                if free && (self.running.len() < WORKERS_MAX || !task.needs_child()) {
+                    self.begin(task, keys);
+                } else {
+                    waiting.take(&keys);
+                    kept.push_back(task);
+                }
+            }
+            // What was parked meanwhile came later.
+            kept.append(&mut self.parked);
+            self.parked = kept;
+        }
+        self.resuming = false;
     }
 
     fn keys_of(&self, task: &Task) -> Keys {
@@ -433,7 +486,7 @@ impl Server {
     /// Has a child do it. What can't even be begun fails like what can't be done.
     pub fn work(&mut self, work: Work, keys: Keys, then: Then) {
         let serial = self.next_serial();
-        let started = Worker::start(&work, &self.site(), Instant::now())
+        let started = Worker::start(&work, &self.site(), &self.base_fds, Instant::now())
             .and_then(|worker| Ok(self.watch(&worker, Token::Worker(serial)).map(|()| worker)?));
         self.busy.take(&keys);
         match started {

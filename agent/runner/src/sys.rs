@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use nix::sys::signal::Signal;
@@ -28,6 +29,16 @@ pub fn fork_child(child: impl FnOnce() -> i32) -> nix::Result<Pid> {
             std::process::exit(status)
         }
     }
+}
+
+/// The numbers of all descriptors this process has.
+pub fn open_fds() -> BTreeSet<RawFd> {
+    let entries = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let mut numbers: BTreeSet<RawFd> =
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    // The folder itself was among them and is closed by now.
+    numbers.retain(|number| std::fs::read_link(format!("/proc/self/fd/{number}")).is_ok());
+    numbers
 }
 
 /// The descriptor of that number, which nobody else in this process may own.

@@ -77,7 +77,8 @@ pub struct JailRecord {
     pub created_at_ms: u64,
     /// The kernel's boot id. No cgroup of this boot: the jail was never launched.
     pub boot: String,
-    /// Only of jobs on images, once what they made was published or dropped.
+    /// How it ended, once no monitor can tell: of a jail whose monitor was lost; and of a job on an image, once what
+    /// it made was published or dropped.
     #[serde(default)]
     pub concluded: Option<Exit>,
 }

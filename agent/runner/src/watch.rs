@@ -19,7 +19,7 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use crate::launch::control_socket;
 use crate::requests::keys::{Hold, Key, Keys};
 use crate::server::{Server, Task, Token};
-use crate::tables::{Jail, Phase};
+use crate::tables::{Jail, JailRecord, Phase};
 use crate::work::{Work, chain};
 
 /// Events taken from one monitor before others have their turn.
@@ -174,8 +174,8 @@ impl Server {
         }
         match self.connect(jail) {
             Ok(()) => {}
-            Err(ClientError::Connect { .. } | ClientError::Closed) => self.lost(jail),
-            // It takes connections and does not answer: stopped, or the machine is busy. Asked again at the next tick.
+            Err(error) if nobody_listens(&error) => self.lost(jail),
+            // It has its socket and does not answer: stopped, or the machine is busy. Asked again at the next tick.
             Err(error) => eprintln!("epagent-runner: monitor of jail {jail}: {}", chain(&error)),
         }
     }
@@ -191,7 +191,9 @@ impl Server {
         let app = record.app.clone().map(|app| (Key::App(app), Hold::Shared));
         let keys: Keys = [(Key::Jail(jail.clone()), Hold::Exclusive)].into_iter().chain(app).collect();
         self.reaping.insert(jail.clone());
-        self.admit(Task::Own { work: Work::Reap { jail: jail.clone() }, keys });
+        let concluded = Some(Exit { monitor_lost: true, at_ms: crate::now_ms(), ..Exit::default() });
+        let record = JailRecord { concluded, ..record.clone() };
+        self.admit(Task::Own { work: Work::Reap(record), keys });
     }
 
     /// Once a second: monitors that did not answer, one at a time since each may cost a second.
@@ -204,6 +206,12 @@ impl Server {
             self.reconnect(&jail);
         }
     }
+}
+
+/// Only this tells that a monitor is gone. A full queue of connections, for one, does not.
+fn nobody_listens(error: &ClientError) -> bool {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error, ClientError::Connect { source, .. } if matches!(source.kind(), ConnectionRefused | NotFound))
 }
 
 pub fn exit_of(record: &ExitRecord) -> Exit {

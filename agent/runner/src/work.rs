@@ -77,10 +77,8 @@ pub enum Work {
         quota: Quota,
     },
     Discard(Discard),
-    /// Kills what is left of a jail whose monitor is gone; its record stays.
-    Reap {
-        jail: JailId,
-    },
+    /// Kills what is left of a jail whose monitor is gone; its record stays and tells how it ended.
+    Reap(JailRecord),
     LogRemove {
         jail: JailId,
     },
@@ -109,7 +107,7 @@ impl Work {
             Work::VolumeRemove { app, volume } => format!("remove volume {volume} of {app}"),
             Work::InstancePrepare { jail, .. } => format!("prepare jail {}", jail.jail),
             Work::Discard(what) => format!("remove jail {}", what.jail),
-            Work::Reap { jail } => format!("kill what is left of jail {jail}"),
+            Work::Reap(record) => format!("kill what is left of jail {}", record.jail),
             Work::LogRemove { jail } => format!("remove the log of jail {jail}"),
             Work::Survey => "look at the pool".to_owned(),
         }
@@ -288,7 +286,10 @@ pub fn perform(work: &Work, site: &Site<'_>) -> Result<Outcome, WorkError> {
             return Ok(Outcome::Tree { has_ca_bundle: has_ca_bundle(&root) });
         }
         Work::Discard(what) => discard(what, site)?,
-        Work::Reap { jail } => sweep::remove(site.cgroups, &isolation_id(jail)?)?,
+        Work::Reap(record) => {
+            disk.put_jail(record)?;
+            sweep::remove(site.cgroups, &isolation_id(&record.jail)?)?;
+        }
         Work::LogRemove { jail } => gone(pool.log_dir_remove(&instance_id(jail)?))?,
         Work::Survey => return survey(pool).map(|survey| Outcome::Survey(Box::new(survey))),
     }

@@ -5,9 +5,10 @@
 //! is killed, and counts as at work until the kernel has let go of it: one stuck on a disk can't be killed, and
 //! nobody else may touch its objects meanwhile.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use epagent_wire::runner::{Refusal, RefusalCode};
@@ -17,7 +18,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open};
 
-use crate::sys::fork_child;
+use crate::sys::{fork_child, open_fds};
 use crate::work::{Outcome, Site, Work, perform};
 
 /// How many children work at once.
@@ -38,9 +39,14 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub fn start(work: &Work, site: &Site<'_>, now: Instant) -> io::Result<Worker> {
+    /// `keep` is what the child needs open. Everything else is closed in it: the other end of a connection or of an
+    /// upload has to see when the loop lets go of its end.
+    pub fn start(work: &Work, site: &Site<'_>, keep: &BTreeSet<RawFd>, now: Instant) -> io::Result<Worker> {
         let result = File::from(memfd_create("result", MFdFlags::MFD_CLOEXEC)?);
         let pid = fork_child(|| {
+            for fd in open_fds().into_iter().filter(|fd| !keep.contains(fd) && *fd != result.as_raw_fd()) {
+                let _ = nix::unistd::close(fd);
+            }
             let outcome = perform(work, site).map_err(|error| error.refusal());
             let text = serde_json::to_vec(&outcome).unwrap_or_default();
             i32::from((&result).write_all(&text).is_err())

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use common::{AGENT_UID, Client, Node, archive, eventually, is_alive, jail_of, name, start};
+use common::{AGENT_UID, Client, Node, archive, eventually, is_alive, jail_of, monitor_of, name, start};
 use epagent_wire::name::{JailId, ReleaseNumber};
 use epagent_wire::runner::{
     ArchiveFormat, Event, Exit, JailState, RefusalCode, Reply, Request, Start, TerminalSize,
@@ -116,6 +116,80 @@ fn an_instance_serves_is_looked_at_and_goes_without_a_trace() {
 }
 
 #[test]
+fn secrets_are_in_the_environment_and_nowhere_else() {
+    const CANARY: &str = "canary-6b1f";
+    let node = Node::start();
+    let mut client = node.connect();
+    client.release("shop", 1, &[("serve", "#!/bin/sh\necho ${#SECRET}\nexec sleep 1000\n")]);
+    let jail = jail_of("shop", 1);
+    let start = Start { with_secrets: true, ..start("shop", "./serve") };
+    let request = Request::Start { jail: jail.clone(), start };
+    let open = memfd(&format!("{{\"SECRET\":\"{CANARY}\"}}"), false);
+    assert_eq!(client.call_with(request.clone(), &[open.as_fd()]).unwrap_err().code, RefusalCode::BadRequest);
+    let sealed = memfd(&format!("{{\"SECRET\":\"{CANARY}\"}}"), true);
+    client.call_with(request, &[sealed.as_fd()]).unwrap();
+    client.running(&jail);
+    eventually("it has said how long the secret is", || client.log(&jail).contains("o 11"));
+    let grep = std::process::Command::new("grep")
+        .args(["-raF", "--exclude=pool.img", CANARY])
+        .arg(node.dir.path())
+        .output()
+        .unwrap();
+    assert!(grep.stdout.is_empty(), "{}", String::from_utf8_lossy(&grep.stdout));
+}
+
+fn memfd(text: &str, seal: bool) -> std::fs::File {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    let mut file = std::fs::File::from(memfd_create("secrets", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+    file.write_all(text.as_bytes()).unwrap();
+    if seal {
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::all())).unwrap();
+    }
+    file
+}
+
+#[test]
+fn requests_on_one_object_are_done_in_the_order_they_came() {
+    let node = Node::start();
+    let mut client = node.connect();
+    let app = name("shop");
+    let ensure = Request::AppEnsure { app };
+    let volume = Request::VolumeEnsure { app: name("shop"), volume: name("data"), quota_bytes: 8 << 20 };
+    let remove = Request::AppRemove { app: name("shop") };
+    let requests = [ensure.clone(), volume.clone(), remove.clone(), volume, ensure, remove];
+    for (id, request) in requests.into_iter().enumerate() {
+        let call = epagent_wire::runner::Call { id: id as u64, request };
+        client.send_raw(&serde_json::to_vec(&call).unwrap(), &[]).unwrap();
+    }
+    let mut refused = Vec::new();
+    for _ in 0..6 {
+        let (id, result, _) = client.reply().unwrap();
+        refused.extend(result.is_err().then_some(id));
+    }
+    assert_eq!(refused, [3], "only the volume of the removed app is refused");
+    let world = client.world();
+    assert!(world.apps.is_empty() && world.volumes.is_empty());
+}
+
+#[test]
+fn check_says_what_the_machine_has() {
+    let node = Node::prepare("");
+    let check = || {
+        let runner = env!("CARGO_BIN_EXE_epagent-runner");
+        std::process::Command::new(runner).args(["check", "--config"]).arg(&node.config).output().unwrap()
+    };
+    let output = check();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let text = std::fs::read_to_string(&node.config).unwrap();
+    std::fs::write(&node.config, text.replace("epagent-jail", "epagent-gaol")).unwrap();
+    let output = check();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("FAULT jail_binary"));
+    std::fs::write(&node.config, text).unwrap();
+}
+
+#[test]
 fn a_terminal_is_passed_through() {
     let node = Node::start();
     let mut client = node.connect();
@@ -200,63 +274,24 @@ fn an_end_while_the_runner_is_away_is_told_by_the_next() {
 
 #[test]
 fn a_jail_whose_monitor_was_killed_is_lost_and_told() {
-    let node = Node::start();
+    let mut node = Node::start();
     let mut client = node.connect();
     client.release("shop", 1, &[("serve", "#!/bin/sh\nexec sleep 1000\n")]);
     let jail = jail_of("shop", 1);
     start_jail(&mut client, &jail, start("shop", "./serve"));
     let (pid, _) = client.running(&jail);
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let monitor: i32 = stat.rsplit(')').next().unwrap().split_whitespace().nth(1).unwrap().parse().unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(monitor), nix::sys::signal::Signal::SIGKILL).unwrap();
+    nix::sys::signal::kill(monitor_of(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
     let exit = client.exit(&jail);
     assert!(exit.monitor_lost, "{exit:?}");
     assert!(!is_alive(pid));
+    node.kill();
+    node.run();
+    let mut client = node.connect();
+    let JailState::Exited(after) = client.jail(&jail).unwrap().state else { panic!("it has ended") };
+    assert!(after.monitor_lost, "the next runner knows it too: {after:?}");
     client.done(Request::Forget { jail });
     assert!(node.cgroup_ids().is_empty(), "{:?}", node.cgroup_ids());
     eventually("the kernel takes its network down", || node.interfaces().is_empty());
-}
-
-#[test]
-fn a_runner_killed_at_any_moment_of_a_start_leaves_no_orphan() {
-    let mut node = Node::start();
-    let mut client = node.connect();
-    client.release("shop", 1, &[("serve", "#!/bin/sh\nexec sleep 1000\n")]);
-    // From before the record is written until after the instance runs.
-    for (round, delay_us) in
-        [0u64, 300, 700, 1_500, 3_000, 5_000, 8_000, 12_000, 20_000, 40_000].into_iter().enumerate()
-    {
-        let jail = jail_of("shop", round as u64);
-        let call = epagent_wire::runner::Call {
-            id: 99,
-            request: Request::Start { jail: jail.clone(), start: start("shop", "./serve") },
-        };
-        client.send_raw(&serde_json::to_vec(&call).unwrap(), &[]).unwrap();
-        std::thread::sleep(Duration::from_micros(delay_us));
-        node.kill();
-        node.run();
-        client = node.connect();
-        let known: Vec<String> = client.world().jails.iter().map(|jail| jail.id.to_string()).collect();
-        let orphans: Vec<String> = node.cgroup_ids().into_iter().filter(|id| !known.contains(id)).collect();
-        assert!(orphans.is_empty(), "round {round}: cgroups {orphans:?}, known {known:?}");
-        // Asked for again, it is there, or was lost and says so.
-        start_jail(&mut client, &jail, start("shop", "./serve"));
-        eventually("it runs or has ended", || {
-            !matches!(client.jail(&jail).unwrap().state, JailState::Starting)
-        });
-    }
-    let jails = client.world().jails;
-    for jail in jails {
-        if jail.state == JailState::Running {
-            client.done(Request::Stop { jail: jail.id.clone(), signal: "KILL".to_owned(), grace_ms: 0 });
-            client.exit(&jail.id);
-        }
-        client.done(Request::Forget { jail: jail.id });
-    }
-    assert!(node.cgroup_ids().is_empty(), "{:?}", node.cgroup_ids());
-    eventually("the kernel takes its network down", || node.interfaces().is_empty());
-    let roots = std::fs::read_dir(node.dir.path().join("pool/instances")).unwrap().count();
-    assert_eq!(roots, 0, "instance roots are left");
 }
 
 #[test]

@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use epagent_wire::name::{AppName, JailId, ReleaseNumber};
-use epagent_wire::runner::{
-    ArchiveFormat, Command, Exit, Purpose, Refusal, RefusalCode, Request, Start, TerminalSize,
-};
+use epagent_wire::runner::{ArchiveFormat, Command, Exit, Start};
 use epagent_wire::spec::Limits;
 
 use super::*;
-use crate::config;
+use crate::config::{self, Config};
 use crate::order::{Program, Root, Source};
+use crate::tables::{
+    AppRecord, JAILS_MAX, JOBS_MAX, Jail, JailRecord, Phase, ReleaseRecord, Tables, is_jail_of,
+};
 
 /// Two apps on one node: `shop` with a sealed release, one being built, a volume, an instance that runs and a job that
 /// ended; `blog` with a sealed release and a volume of its own.

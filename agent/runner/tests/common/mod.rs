@@ -497,3 +497,10 @@ pub fn is_alive(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| state != "Z")
 }
+
+/// The process that watches an instance: the parent of its init.
+pub fn monitor_of(pid: i32) -> nix::unistd::Pid {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)).unwrap();
+    nix::unistd::Pid::from_raw(parent.parse().unwrap())
+}
