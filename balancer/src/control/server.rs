@@ -1,5 +1,5 @@
 //! The listening end of the control socket. It is driven by one poll loop: nothing here waits, except for a
-//! peer that does not take its answer, and that for at most [`ANSWER_TIMEOUT`].
+//! peer that does not take its answer, and that for at most two seconds.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

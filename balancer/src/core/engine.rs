@@ -4,7 +4,7 @@
 //! take [`Core::ops`] and give them to the door; wait no longer than [`Core::next_deadline`]. Between two
 //! batches, [`Core::set_table`], [`Core::add_listener`] and the like may be called.
 //!
-//! Handlers change state and put the sockets they changed on a list; [`super::settle`] then brings each
+//! Handlers change state and put the sockets they changed on a list; `settle` then brings each
 //! socket's sends, receive, timer and end into line with its state. So no handler needs to think of all
 //! that follows from it, and what follows is decided in one place.
 

@@ -4,16 +4,16 @@
 //! |---|---|
 //! | [`engine`] | the loop and the calling contract; sockets come, move bytes and go |
 //! | [`io`] | the closed vocabulary between core and door |
-//! | [`session`] | what is known of each socket; the state machines, drawn |
-//! | [`client`], [`upstream_side`] | the two sides of an HTTP exchange |
-//! | [`tunnel`] | plain TCP and upgraded connections |
-//! | [`dispatch`] | finding an upstream, holding, retrying |
-//! | [`settle`] | operations and deadlines as functions of state |
-//! | [`routes`], [`upstreams`] | the table as it runs: hold queues, load, reachability |
+//! | `session` | what is known of each socket; the state machines, drawn |
+//! | `client`, `upstream_side` | the two sides of an HTTP exchange |
+//! | `tunnel` | plain TCP and upgraded connections |
+//! | `dispatch` | finding an upstream, holding, retrying |
+//! | `settle` | operations and deadlines as functions of state |
+//! | `routes`, `upstreams` | the table as it runs: hold queues, load, reachability |
 //! | [`access`] | what the access log is told |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
 //! | [`chunk`], [`outbox`] | bytes without copying, and what a slow peer may cost |
-//! | [`slab`], [`timers`], [`config`] | keys that go stale safely, lazy deadlines, every bound |
+//! | `slab`, `timers`, [`config`] | keys that go stale safely, lazy deadlines, every bound |
 //!
 //! What is absent: descriptors, system calls, clocks, threads, randomness. The same core runs behind the
 //! ring and behind the simulator of the tests.

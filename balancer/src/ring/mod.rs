@@ -1,12 +1,12 @@
 //! The io_uring door: one ring per thread, one enter per batch.
 //!
-//! Multishot accept and receive, receives into shared buffers ([`buffers`]), sends straight from them,
-//! ordinary descriptors, and generations in the tokens ([`token`]), so that a late completion of a closed
+//! Multishot accept and receive, receives into shared buffers (`buffers`), sends straight from them,
+//! ordinary descriptors, and generations in the tokens (`token`), so that a late completion of a closed
 //! socket is known for what it is. `shutdown` and socket options are plain system calls:
 //! IORING_OP_SHUTDOWN always goes to a worker thread.
 //!
 //! This is the one place with unsafe code on the data path. What it relies on: memory given to the kernel
-//! lives in [`buffers::Buffers`] or [`sends::Sends`] until the kernel says it is done, or (connect
+//! lives in `buffers::Buffers` or `sends::Sends` until the kernel says it is done, or (connect
 //! addresses) until the entry has been submitted; and the ring is dropped before either.
 
 #![allow(unsafe_code)]
