@@ -59,6 +59,17 @@ fn killed_monitor_takes_its_instance_along() {
     assert_eq!(sweep::survey(&node.cgroups).unwrap(), []);
 }
 
+/// Init cannot notice anything by itself when it is stopped: this is the parent-death signal alone.
+#[test]
+fn killed_monitor_takes_even_a_stopped_instance_along() {
+    let node = Node::new();
+    let spec = node.shell("stopped", "sleep 300");
+    let mut jail = node.running(&spec);
+    kill(Pid::from_raw(jail.init_pid()), Signal::SIGSTOP).unwrap();
+    kill(Pid::from_raw(jail.launched.monitor_pid), Signal::SIGKILL).unwrap();
+    eventually("the instance's end", || (!node.cgroups.app_populated(&spec.id)).then_some(()));
+}
+
 #[test]
 fn a_monitor_outlives_its_launcher_and_keeps_the_verdict() {
     let node = Node::new();

@@ -186,3 +186,14 @@ fn another_user_and_rlimits_are_what_the_spec_says() {
     assert!(output.starts_with("1000\n1001\n333\n0\n"), "{output}");
     assert_eq!(output.matches("0000000000000000").count(), 3, "{output}");
 }
+
+#[test]
+fn output_can_be_opened_by_name_whoever_the_app_is() {
+    let node = Node::new();
+    for (id, uid) in [("by-root", 0), ("by-user", 1000)] {
+        let mut spec = node.shell(id, "echo out > /dev/stdout; echo err > /dev/stderr");
+        spec.user = User { uid, gid: uid };
+        let (_, output) = node.outcome(&spec);
+        assert!(output.contains("out") && output.contains("err") && !output.contains("denied"), "{output}");
+    }
+}

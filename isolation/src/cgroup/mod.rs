@@ -73,8 +73,9 @@ pub(crate) trait Layout: Debug {
     fn delegate(&self, id: &JailId) -> Result<(), Error>;
     /// What to write for these limits, in order.
     fn limits(&self, id: &JailId, limits: &Limits) -> Vec<Setting>;
-    /// Puts an instance's init under the limits, where being in `ID/app` is not already enough.
-    fn adopt(&self, id: &JailId, pid: i32) -> Result<(), Error>;
+    /// Files to which an instance's init writes `0` (itself) to come under the limits, where being in `ID/app` is
+    /// not already enough.
+    fn entrances(&self, id: &JailId) -> Vec<PathBuf>;
     fn usage(&self, id: &JailId) -> Usage;
     /// An eventfd that becomes readable on a memory limit hit, where the kernel does not kill the group itself.
     fn watch_oom(&self, id: &JailId) -> Result<Option<OwnedFd>, Error>;
@@ -137,9 +138,13 @@ impl CgroupRoot {
         self.layout.identity().join(id.as_str()).join("app")
     }
 
-    /// Puts the instance's init (already in `ID/app`) under its limits.
-    pub(crate) fn adopt(&self, id: &JailId, pid: i32) -> Result<(), Error> {
-        self.layout.adopt(id, pid)
+    /// Opens what the instance's init (already in `ID/app`) has to write `0` to, to come under its limits.
+    pub(crate) fn entrances(&self, id: &JailId) -> Result<Vec<OwnedFd>, Error> {
+        let open = |file: PathBuf| match fs::File::options().write(true).open(&file) {
+            Ok(opened) => Ok(opened.into()),
+            Err(e) => Err(Error::path("open cgroup", file)(e)),
+        };
+        self.layout.entrances(id).into_iter().map(open).collect()
     }
 
     pub(crate) fn watch_oom(&self, id: &JailId) -> Result<Option<OwnedFd>, Error> {

@@ -77,8 +77,8 @@ impl Layout for V2 {
         ]
     }
 
-    fn adopt(&self, _id: &JailId, _pid: i32) -> Result<(), Error> {
-        Ok(())
+    fn entrances(&self, _id: &JailId) -> Vec<PathBuf> {
+        Vec::new()
     }
 
     fn usage(&self, id: &JailId) -> Usage {

@@ -1,4 +1,4 @@
-//! The monitor's share of making an instance: init in its namespaces, ids, limits, link, mounts.
+//! The monitor's share of making an instance: init in its namespaces, ids, link, mounts.
 //!
 //! All of it happens while init waits for `Begin`. If the monitor dies in between, init reads the end of its channel
 //! and ends, and the kernel removes namespaces, link and mounts with it: no step needs an undo of its own.
@@ -23,6 +23,9 @@ use crate::sys::process::{self, Fork, SingleThreaded};
 
 /// Under memory pressure of the whole host, instances go before the host's own services (0) and their monitors.
 const INSTANCE_OOM_SCORE_ADJ: &str = "300";
+
+/// The step in which a failure means that init has ended by itself.
+pub(super) const BEGIN: &str = "begin";
 
 /// Descriptors for init, from the handover.
 #[derive(Debug)]
@@ -66,7 +69,7 @@ pub(super) fn give_birth(
         Ok(all) => all,
         Err(error) => return Err(BirthError { step: "clone init", error: error.chain(), born: None }),
     };
-    match equip(spec, cgroups, &born, mounts) {
+    match equip(spec, &born, mounts) {
         Ok(()) => Ok(born),
         Err((step, error)) => Err(BirthError { step, error: error.chain(), born: Some(born) }),
     }
@@ -95,10 +98,14 @@ fn clone_init(
     };
     let (stdout, stdout_in) = pipe()?;
     let (stderr, stderr_in) = pipe()?;
+    for end in [&stdout_in, &stderr_in] {
+        give_to_app(end.as_fd(), spec).map_err(Error::call("give output pipe to the app"))?;
+    }
     let app_dir = cgroups.app_dir(&spec.id);
     let app_dir_fd =
         rustix::fs::open(&app_dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| Error::path("open cgroup", &app_dir)(io::Error::from(e)))?;
+    let entrances = cgroups.entrances(&spec.id)?;
     let namespaces = process::NEW_USER
         | process::NEW_MOUNT
         | process::NEW_PID
@@ -112,6 +119,7 @@ fn clone_init(
             forget();
             let side = InitSide {
                 channel: init_channel,
+                entrances,
                 spec: spec.clone(),
                 filters,
                 stdin: sources.stdin,
@@ -129,18 +137,20 @@ fn clone_init(
     }
 }
 
-/// Ids, limits, link and mounts; then init may begin.
-fn equip(
-    spec: &JailSpec,
-    cgroups: &CgroupRoot,
-    born: &Born,
-    (root, mounts): MountSources,
-) -> Result<(), (&'static str, Error)> {
+/// So that the app can open /dev/stdout, which is what logs of many servers are set to.
+fn give_to_app(pipe: BorrowedFd<'_>, spec: &JailSpec) -> io::Result<()> {
+    let (uid, gid) = (spec.ids.first() + spec.user.uid, spec.ids.first() + spec.user.gid);
+    Ok(rustix::fs::fchown(pipe, Some(rustix::fs::Uid::from_raw(uid)), Some(rustix::fs::Gid::from_raw(gid)))?)
+}
+
+/// Ids, link and mounts; then init may begin.
+fn equip(spec: &JailSpec, born: &Born, (root, mounts): MountSources) -> Result<(), (&'static str, Error)> {
     let at = |step: &'static str| move |error: Error| (step, error);
     map_ids(spec, born.pid).map_err(at("map ids"))?;
-    cgroups.adopt(&spec.id, born.pid).map_err(at("set limits"))?;
     let file = proc_file(born.pid, "oom_score_adj");
-    fs::write(&file, INSTANCE_OOM_SCORE_ADJ).map_err(Error::path("write", file)).map_err(at("set limits"))?;
+    fs::write(&file, INSTANCE_OOM_SCORE_ADJ)
+        .map_err(Error::path("write", file))
+        .map_err(at("set oom score"))?;
     if let Some(net) = &spec.network {
         let inside = open_namespace(born.pid, "net").map_err(at("make link"))?;
         link::make_outer(net, inside.as_fd()).map_err(at("make link"))?;
@@ -151,7 +161,7 @@ fn equip(
     let fds: Vec<BorrowedFd<'_>> = root.iter().chain(&mounts).map(AsFd::as_fd).collect();
     channel::send(born.channel.as_fd(), &ToInit::Begin { root: root.is_some() }, &fds)
         .map_err(Error::call("send mounts to init"))
-        .map_err(at("begin"))
+        .map_err(at(BEGIN))
 }
 
 /// Init is our unreaped child, so its pid cannot be another's.

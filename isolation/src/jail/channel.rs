@@ -18,7 +18,7 @@ const PACKET_BYTES_MAX: usize = crate::monitor::protocol::MESSAGE_BYTES_MAX;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum ToInit {
-    /// Ids are mapped, limits are on. With the detached mounts: the root's first if `root`, then the rest.
+    /// Ids are mapped. With the detached mounts: the root's first if `root`, then the rest.
     Begin {
         root: bool,
     },

@@ -41,6 +41,8 @@ const HANG_UP_GRACE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct InitSide {
     pub channel: OwnedFd,
+    /// Where it enters the cgroups that hold its limits.
+    pub entrances: Vec<OwnedFd>,
     pub spec: JailSpec,
     pub filters: Filters,
     pub stdin: OwnedFd,
@@ -99,6 +101,7 @@ fn failed<E: std::fmt::Display>(step: impl std::fmt::Display) -> impl FnOnce(E) 
 }
 
 fn start(token: &SingleThreaded, side: InitSide) -> Result<Init, StartError> {
+    enter_limits(side.entrances).map_err(failed("enter the cgroups of the limits"))?;
     let mounts = await_begin(&side.channel)?;
     become_root().map_err(failed("become root of the instance"))?;
     await_go(&side.channel)?;
@@ -140,7 +143,12 @@ fn lockdown<'a>(spec: &'a JailSpec, filters: &'a Filters) -> Lockdown<'a> {
     Lockdown { profile: spec.profile, limits: &spec.limits, filters }
 }
 
-/// The mounts, once ids are mapped and limits are on.
+/// The descriptors carry the monitor's right to do so, which init itself does not have.
+fn enter_limits(entrances: Vec<OwnedFd>) -> io::Result<()> {
+    entrances.iter().try_for_each(|entrance| Ok(rustix::io::write(entrance, b"0").map(drop)?))
+}
+
+/// The mounts, once ids are mapped.
 fn await_begin(channel: &OwnedFd) -> Result<(Option<OwnedFd>, Vec<OwnedFd>), StartError> {
     match channel::receive(channel).map_err(failed("wait for the monitor"))? {
         Some((ToInit::Begin { root }, mut fds)) => {

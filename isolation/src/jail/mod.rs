@@ -142,6 +142,8 @@ fn watch_over(token: SingleThreaded, handover: Handover, mut fds: Vec<Option<Own
         }
     }
     keep_only(&MONITOR_KEEPS)?;
+    // Best effort: it only makes a monitor smaller.
+    let _ = crate::sys::memory::forget_program();
     monitor.run();
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{WaitId, WaitIdOptions};
 
-use super::birth::Born;
+use super::birth::{BEGIN, Born};
 use super::channel;
 use super::core::{Action, ClientId, Core, Input, LastUsage};
 use super::log::{self, Kind, Sink, Tap};
@@ -18,6 +18,8 @@ use crate::monitor::protocol::Message;
 
 /// How often a killed instance is looked at until it is empty.
 const EMPTY_POLL: Duration = Duration::from_millis(2);
+/// How long an init that has closed its channel may take to end.
+const INIT_END_WAIT_NS: i64 = 100_000_000;
 /// How often, at most, subscribers are told of dropped output.
 const DROPPED_EVERY: Duration = Duration::from_secs(1);
 
@@ -100,9 +102,19 @@ impl Monitor {
         self.feed(Input::InitCloned { pid: born.pid }, &[]);
     }
 
-    /// The set-up failed on this side.
+    /// The set-up failed on this side. If it did because init had given up, init's own words come first.
     pub(super) fn start_failed(&mut self, step: &str, error: String) {
+        if step == BEGIN && self.init_ends() {
+            self.reap_init();
+        }
         self.feed(Input::StartFailed { step: step.to_owned(), error }, &[]);
+    }
+
+    fn init_ends(&self) -> bool {
+        let Some(instance) = &self.instance else { return false };
+        let mut polled = [PollFd::new(&instance.pidfd, PollFlags::IN)];
+        let wait = Timespec { tv_sec: 0, tv_nsec: INIT_END_WAIT_NS };
+        rustix::event::poll(&mut polled, Some(&wait)).is_ok_and(|ended| ended > 0)
     }
 
     /// Until a client releases the ended instance.

@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+pub(crate) mod memory;
 pub(crate) mod message;
 pub(crate) mod mount;
 pub(crate) mod process;

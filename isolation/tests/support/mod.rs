@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use epagent_isolation::cgroup::CgroupRoot;
@@ -35,6 +35,11 @@ pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T 
     }
 }
 
+/// The jail that was built with the tests, or another: a static release build, to take figures of.
+fn jail_executable() -> PathBuf {
+    std::env::var_os("EPAGENT_JAIL").map_or_else(|| env!("CARGO_BIN_EXE_epagent-jail").into(), PathBuf::from)
+}
+
 /// A node: nextest runs one process per test, so the process id makes every name unique.
 pub struct Node {
     pub number: u16,
@@ -57,7 +62,7 @@ impl Node {
         Node {
             number,
             cgroups: CgroupRoot::open(&format!("epagent-test-{number}")).unwrap(),
-            executable: JailExecutable::load(Path::new(env!("CARGO_BIN_EXE_epagent-jail"))).unwrap(),
+            executable: JailExecutable::load(&jail_executable()).unwrap(),
             usr: File::open("/usr").unwrap().into(),
             dir,
         }
@@ -73,7 +78,7 @@ impl Node {
     /// A jail on the host's /usr that runs `script` in a shell.
     pub fn shell(&self, id: &str, script: &str) -> JailSpec {
         let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
-        let env = [("PATH", "/usr/local/bin:/usr/bin:/bin"), ("PLAIN", "yes")];
+        let env = [("PATH", "/usr/bin:/usr/sbin"), ("PLAIN", "yes")];
         let env = env.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         let symlinks = ["bin", "sbin", "lib", "lib64"]
             .map(|name| SymlinkSpec { path: path(&format!("/{name}")), target: format!("usr/{name}") });
