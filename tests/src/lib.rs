@@ -27,6 +27,7 @@ pub mod leftovers;
 pub mod load;
 pub mod poll;
 pub mod process;
+pub mod vm;
 
 pub use app::AppDir;
 pub use command::Ran;

@@ -156,7 +156,7 @@ fn a_volume_outlives_releases_and_restarts_and_goes_with_its_app() {
     assert!(host.ps().iter().all(|row| row.app != "shop"), "{:?}", host.ps());
     assert_eq!(host.api().get("/v1/volumes"), serde_json::json!([]));
     let response = host.http("shop.test", "/").unwrap();
-    assert_eq!(response.status, 404, "{}", response.text());
+    assert!(matches!(response.status, 404 | 503), "{} {}", response.status, response.text());
     host.deploy(&version("v3")).ok();
     assert_ne!(host.inside("shop", "cat /data/file").code, Some(0), "the volume of a destroyed app is back");
     host.stop();

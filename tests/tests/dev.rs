@@ -128,7 +128,7 @@ fn a_missing_right_or_tool_is_named_before_anything_is_made() {
     std::fs::write(&list, "nodev\ttmpfs\n\text4\n").unwrap();
     let mkfs = run(Command::new("sh").args(["-c", "PATH=$PATH:/usr/sbin:/sbin command -v mkfs.btrfs"])).ok();
     for (what, cover, word) in
-        [(mkfs.trim(), "/dev/null", "btrfs-progs"), ("/proc/filesystems", list.to_str().unwrap(), "no btrfs")]
+        [(mkfs.trim(), "/dev/null", "mkfs.btrfs"), ("/proc/filesystems", list.to_str().unwrap(), "no btrfs")]
     {
         let script = format!("mount --bind {cover} $(realpath {what}) && exec \"$@\"");
         let ran = run(&mut dev("unshare", &["--mount", "sh", "-c", &script, "sh", &epagent]));

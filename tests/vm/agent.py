@@ -34,6 +34,8 @@ RNDRESEEDCRNG = 0x5207
 
 
 def main():
+    while not os.path.exists(PORT):  # until udev has named it; systemd does not wait for that
+        time.sleep(0.1)
     port = os.open(PORT, os.O_RDWR | os.O_CLOEXEC)
     writing = threading.Lock()
     slots = threading.Semaphore(AT_ONCE)

@@ -18,7 +18,9 @@ impl Accel {
     /// What to try, the best first. `EPAGENT_VM_ACCEL` fixes it.
     pub fn candidates() -> Vec<Self> {
         match std::env::var("EPAGENT_VM_ACCEL").as_deref() {
-            Ok(name) => vec![Self::parse(name).unwrap_or_else(|| panic!("EPAGENT_VM_ACCEL={name}: kvm or tcg"))],
+            Ok(name) => {
+                vec![Self::parse(name).unwrap_or_else(|| panic!("EPAGENT_VM_ACCEL={name}: kvm or tcg"))]
+            }
             Err(_) if std::path::Path::new("/dev/kvm").exists() => vec![Self::Kvm, Self::Tcg],
             Err(_) => vec![Self::Tcg],
         }

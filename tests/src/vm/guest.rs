@@ -112,7 +112,8 @@ impl Shared {
             let Ok(message) = serde_json::from_slice::<Value>(&line) else { continue };
             if let Some(boot) = message["hello"].as_str() {
                 lock(&self.greetings).push(boot.to_owned());
-            } else if let Some(asker) = message["id"].as_u64().and_then(|id| lock(&self.waiting).remove(&id)) {
+            } else if let Some(asker) = message["id"].as_u64().and_then(|id| lock(&self.waiting).remove(&id))
+            {
                 let _ = asker.send(message);
             }
         }

@@ -1,0 +1,141 @@
+//! The workspace's own test binaries, run inside a guest: one process per test, as on the host.
+//!
+//! They come with what they were built with: the programs they start lie in the guest at the very paths that cargo
+//! compiled into them, and the sources where they were compiled. So nothing is built in the guest, and what runs
+//! there is what ran here.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::Vm;
+use super::payload::Payload;
+use crate::command;
+
+/// Longest time of one test, were it run on the host.
+const TEST: Duration = Duration::from_secs(30);
+
+/// One test binary.
+#[derive(Debug, Clone)]
+pub struct Binary {
+    /// As in `storage::quota`: the package without `epagent-`, and the test's file.
+    pub name: String,
+    path: PathBuf,
+    folder: PathBuf,
+}
+
+/// How one test ended in the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    Passed,
+    /// It said itself what it could not show here: a line beginning with `SKIPPED`.
+    Skipped(String),
+    Failed(String),
+}
+
+#[derive(Debug, Clone)]
+pub struct Result {
+    pub test: String,
+    pub outcome: Outcome,
+    pub took: Duration,
+}
+
+/// What cargo has built for the tests of some packages, and where. Builds what is not there yet, in the profile
+/// that `EPAGENT_PROFILE` names.
+#[track_caller]
+pub fn built(packages: &[&str]) -> (Vec<Binary>, Vec<PathBuf>) {
+    let profile = std::env::var("EPAGENT_PROFILE").unwrap_or_else(|_| "release".to_owned());
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let mut list = Command::new(cargo);
+    // The whole workspace, since the features of shared crates depend on who is built together.
+    list.args(["nextest", "list", "--workspace", "--list-type", "binaries-only", "--message-format", "json"])
+        .args(["--cargo-profile", &profile])
+        .current_dir(workspace());
+    let text = command::start(&mut list).wait(Duration::from_secs(1800)).ok();
+    let listed: Value =
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("what nextest lists: {error}"));
+    let is_wanted = |package: &str| packages.iter().any(|wanted| package.contains(&format!("/{wanted}#")));
+    let binaries = listed["rust-binaries"].as_object().into_iter().flatten().map(|(_, binary)| binary);
+    let binaries =
+        binaries.filter(|binary| binary["package-id"].as_str().is_some_and(is_wanted)).map(|binary| {
+            let word = |name: &str| binary[name].as_str().unwrap_or_default();
+            Binary {
+                name: word("binary-id").trim_start_matches("epagent-").to_owned(),
+                path: word("binary-path").into(),
+                folder: binary["cwd"].as_str().map_or_else(workspace, PathBuf::from),
+            }
+        });
+    let target = Path::new(listed["rust-build-meta"]["target-directory"].as_str().unwrap_or_default());
+    let programs = listed["rust-build-meta"]["non-test-binaries"].as_object().into_iter().flatten();
+    let programs = programs
+        .filter(|(package, _)| is_wanted(package))
+        .flat_map(|(_, programs)| programs.as_array().into_iter().flatten())
+        .filter_map(|program| program["path"].as_str())
+        .map(|path| target.join(path));
+    (binaries.collect(), programs.collect())
+}
+
+/// The binaries with all they need, for a guest.
+#[track_caller]
+pub fn payload(binaries: &[Binary], programs: &[PathBuf]) -> Payload {
+    let mut payload = Payload::agent();
+    payload.folder(&workspace(), &workspace().to_string_lossy());
+    for path in binaries.iter().map(|binary| &binary.path).chain(programs) {
+        payload.program(path, &path.to_string_lossy());
+    }
+    payload
+}
+
+impl Vm {
+    /// Runs every test of a binary whose name has one of `words` in it (all of them when there are none).
+    #[track_caller]
+    pub fn run_tests(&self, binary: &Binary, words: &[&str]) -> Vec<Result> {
+        let listed = self.succeed(&format!("{} --list --format terse", binary.path.display()));
+        let tests = listed.lines().filter_map(|line| line.strip_suffix(": test"));
+        tests
+            .filter(|test| words.is_empty() || words.iter().any(|word| test.contains(word)))
+            .map(|test| self.run_test(binary, test))
+            .collect()
+    }
+
+    fn run_test(&self, binary: &Binary, test: &str) -> Result {
+        let script = format!(
+            "cd {} && EPAGENT_BIN_DIR={} RUST_BACKTRACE=0 {} --exact '{test}' --nocapture --test-threads=1",
+            binary.folder.display(),
+            super::payload::BINARIES,
+            binary.path.display()
+        );
+        let ran = self.run_within(&script, TEST);
+        let said = format!("{}\n{}", ran.stdout, ran.stderr);
+        let skipped = said
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("SKIPPED"))
+            .map(|why| why.trim_start_matches(':'));
+        let outcome = match (ran.code, skipped) {
+            (Some(0), Some(why)) => Outcome::Skipped(why.trim().to_owned()),
+            (Some(0), None) if said.contains("1 ignored") => Outcome::Skipped("ignored".to_owned()),
+            (Some(0), None) => Outcome::Passed,
+            _ => Outcome::Failed(ran.to_string()),
+        };
+        Result { test: format!("{}::{test}", binary.name), outcome, took: ran.took }
+    }
+}
+
+/// The sources of this workspace.
+fn workspace() -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    path.canonicalize().unwrap_or(path)
+}
+
+impl std::fmt::Display for Result {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { test, outcome, took } = self;
+        match outcome {
+            Outcome::Passed => write!(f, "PASS [{took:6.1?}] {test}"),
+            Outcome::Skipped(why) => write!(f, "SKIP [{took:6.1?}] {test}: {why}"),
+            Outcome::Failed(_) => write!(f, "FAIL [{took:6.1?}] {test}"),
+        }
+    }
+}
