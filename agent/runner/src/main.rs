@@ -11,7 +11,7 @@
 //! | [`requests`] | the pure check: a request, the tables → a plan or a refusal |
 //! | [`start`], [`jobs`], [`order`] | what a jail shall be, as data |
 //! | [`work`], [`worker`] | what is done on disk, and the forked children that do it |
-//! | [`server`], [`peers`], [`packet`] | the loop and its connections |
+//! | [`server`], [`connections`], [`peers`], [`packet`] | the loop and its connections |
 //! | [`acts`], [`launch`], [`watch`], [`observe`] | carrying plans out, starting and following monitors, telling the world |
 //! | [`recover`], [`skeleton`] | before the loop |
 //! | [`teardown`], [`probe`] | the other two verbs |
@@ -28,6 +28,7 @@ use std::process::ExitCode;
 mod activation;
 mod acts;
 mod config;
+mod connections;
 mod disk;
 mod effects;
 mod jobs;

@@ -7,26 +7,26 @@
 //!  monitor ─▶ event ─▶ tables ─▶ event to all that said hello
 //! ```
 //!
-//! This file has the set and what wakes it; [`crate::acts`] carries plans out, [`crate::watch`] follows the monitors.
+//! This file has the set, what wakes it, and the queue; [`crate::connections`] reads and answers, [`crate::acts`]
+//! carries plans out, [`crate::watch`] follows the monitors.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use epagent_isolation::cgroup::CgroupRoot;
 use epagent_storage::Pool;
 use epagent_wire::name::JailId;
-use epagent_wire::runner::{Message, Refusal, RefusalCode, Reply, Request};
+use epagent_wire::runner::{Refusal, RefusalCode, Request};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt::PeerCredentials};
 
 use crate::config::Config;
 use crate::disk::Disk;
 use crate::launch::{Binaries, Ground, Sockets};
 use crate::observe::Figures;
 use crate::order::Order;
-use crate::packet::{Kind, Received, kind};
+use crate::packet::{Kind, kind};
 use crate::peers::{PeerId, Peers, To};
 use crate::requests::keys::{Busy, Keys, keys};
 use crate::requests::{View, check, parse};
@@ -39,8 +39,6 @@ use crate::worker::{WORKERS_MAX, Worker};
 const PARKED_MAX: usize = 512;
 /// How often what is only looked at now and then is looked at.
 const TICK: Duration = Duration::from_millis(1_000);
-/// Packets taken from one connection before others have their turn.
-const PACKETS_PER_TURN: usize = 16;
 
 /// What stands behind a number in the epoll set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,7 +53,7 @@ pub enum Token {
 }
 
 impl Token {
-    fn number(self) -> u64 {
+    pub fn number(self) -> u64 {
         match self {
             Token::Listener => 0,
             Token::Peer(serial) => serial << 3 | 1,
@@ -164,8 +162,8 @@ pub struct Server {
     busy: Busy,
     /// What was open before the loop began: all that a child needs.
     base_fds: BTreeSet<RawFd>,
-    epoll: Epoll,
-    listener: OwnedFd,
+    pub epoll: Epoll,
+    pub listener: OwnedFd,
     serial: u64,
     next_tick: Instant,
 }
@@ -297,110 +295,9 @@ impl Server {
         }
     }
 
-    // Connections.
-
-    fn accept(&mut self) {
-        let Ok(socket) = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
-        else {
-            return;
-        };
-        let socket = crate::sys::own(socket);
-        let uid = getsockopt(&socket, PeerCredentials).map_or(u32::MAX, |peer| peer.uid());
-        let why = match uid {
-            uid if uid != 0 && uid != self.config.brain_uid => {
-                format!("uid {uid} may not speak to the runner")
-            }
-            _ if self.peers.is_full() => "too many connections".to_owned(),
-            _ => return self.welcome(socket),
-        };
-        let refusal = Refusal { code: RefusalCode::BadRequest, message: why };
-        if let Ok(bytes) = serde_json::to_vec(&Message::Reply { id: 0, result: Err(refusal) }) {
-            let _ = crate::packet::send(socket.as_fd(), &bytes, None);
-        }
-        // Closed with something unread, it would be a reset to the other side, ahead of the words just sent.
-        let _ = crate::packet::receive(socket.as_fd());
-    }
-
-    fn welcome(&mut self, socket: OwnedFd) {
-        let id = self.next_serial();
-        if self.watch(&socket, Token::Peer(id)).is_ok() {
-            self.peers.insert(id, socket);
-        }
-    }
-
-    fn serve_peer(&mut self, id: PeerId, flags: EpollFlags) {
-        let gone = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
-        if gone && self.peers.is_behind(id) {
-            return self.drop_peer(id);
-        }
-        if flags.contains(EpollFlags::EPOLLOUT) {
-            let sent = self.peers.get(id).map_or(Ok(()), |peer| peer.flush());
-            if sent.is_err() {
-                return self.drop_peer(id);
-            }
-        }
-        for _ in 0..PACKETS_PER_TURN {
-            if self.peers.is_behind(id) {
-                break;
-            }
-            let Some(peer) = self.peers.get(id) else { return };
-            match peer.receive() {
-                Ok(Received::Packet { bytes, descriptors }) => self.packet(id, &bytes, descriptors),
-                Ok(Received::TooLarge) => {
-                    let message =
-                        "the packet is larger, or has more descriptors, than a packet may".to_owned();
-                    let refusal = Refusal { code: RefusalCode::BadRequest, message };
-                    self.answer(To { peer: id, call: 0 }, Err(refusal));
-                }
-                Ok(Received::Empty) => break,
-                Ok(Received::Closed) | Err(_) => return self.drop_peer(id),
-            }
-        }
-        self.set_interest(id);
-    }
-
-    /// Reads from those that have taken all their replies, writes to the others.
-    fn set_interest(&mut self, id: PeerId) {
-        let behind = self.peers.is_behind(id);
-        let flags = if behind { EpollFlags::EPOLLOUT } else { EpollFlags::EPOLLIN };
-        let mut event = EpollEvent::new(flags, Token::Peer(id).number());
-        let Some(peer) = self.peers.get(id) else { return };
-        if self.epoll.modify(&*peer, &mut event).is_err() {
-            self.drop_peer(id);
-        }
-    }
-
-    /// Out of the set first: forked children may hold the connection open a moment longer.
-    fn drop_peer(&mut self, id: PeerId) {
-        if let Some(peer) = self.peers.get(id) {
-            let _ = self.epoll.delete(&*peer);
-        }
-        self.peers.remove(id);
-    }
-
-    pub fn answer(&mut self, to: To, result: Result<Reply, Refusal>) {
-        self.answer_with(to, result, None);
-    }
-
-    pub fn answer_with(&mut self, to: To, result: Result<Reply, Refusal>, descriptor: Option<OwnedFd>) {
-        match self.peers.answer(to, result, descriptor) {
-            true => self.drop_peer(to.peer),
-            false => self.set_interest(to.peer),
-        }
-    }
-
-    pub fn tell(&mut self, event: &epagent_wire::runner::Event) {
-        for lost in self.peers.tell(event) {
-            self.drop_peer(lost);
-        }
-        for id in self.peers.ids() {
-            self.set_interest(id);
-        }
-    }
-
     // Requests.
 
-    fn packet(&mut self, peer: PeerId, bytes: &[u8], descriptors: Vec<OwnedFd>) {
+    pub fn packet(&mut self, peer: PeerId, bytes: &[u8], descriptors: Vec<OwnedFd>) {
         let call = match parse(bytes) {
             Ok(call) => call,
             Err((call, refusal)) => return self.answer(To { peer, call }, Err(refusal)),

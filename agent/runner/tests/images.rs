@@ -72,6 +72,26 @@ fn a_job_that_ends_while_the_runner_is_away_is_concluded_by_the_next() {
     assert!(exit.success());
 }
 
+#[test]
+fn the_image_host_builds_with_what_is_in_usr_and_can_not_change_it() {
+    let node = Node::start();
+    let mut client = node.connect();
+    let build = "python3 -m venv venv && venv/bin/python -c 'import ssl' && awk 'BEGIN { exit 0 }' \
+                 && ! touch /usr/x /etc/ssl/x /etc/alternatives/x && test ! -e /etc/shadow && test $(id -u) = 0 \
+                 && if command -v npm; then npm --version && node -e 'require(\"crypto\")'; fi";
+    client.release_built("shop", 1, &[("serve", "#!/bin/sh\nexec sleep 1000\n")], Some(build));
+    assert!(!std::path::Path::new("/usr/x").exists());
+    // No more of the host than its programs: each of these is a name of this machine.
+    let jail = jail_of("shop", 1);
+    let order = start(
+        "shop",
+        "venv/bin/python -c 'import os; print(sorted(os.listdir(\"/home\") + os.listdir(\"/root\")))'",
+    );
+    client.call(Request::Start { jail: jail.clone(), start: order }).unwrap();
+    assert!(client.exit(&jail).success(), "{}", client.log(&jail));
+    assert!(client.log(&jail).contains("o []"), "{}", client.log(&jail));
+}
+
 /// Makes a Debian of its own, builds on it, runs on it. Minutes, and needs a mirror.
 #[test]
 #[ignore = "downloads Debian packages"]
