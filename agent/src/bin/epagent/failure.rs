@@ -75,7 +75,8 @@ impl Failure {
 
 impl From<ApiError> for Failure {
     fn from(error: ApiError) -> Failure {
-        let not_found = error.code.starts_with("no_such_") || error.code == "not_found";
+        let not_found =
+            matches!(error.code.as_str(), "no_such_app" | "not_found" | "no_release" | "missing_image");
         let status = if not_found { status::NOT_FOUND } else { status::FAILED };
         Failure::new(status, error.code, error.message, error.hint)
     }

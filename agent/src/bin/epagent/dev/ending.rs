@@ -34,9 +34,10 @@ const KILLED_WAIT_MAX: Duration = Duration::from_secs(5);
 /// Stops everything; says what was left behind if something was.
 pub fn end(node: Node<'_>, signals: &SignalFd, mut slots: Vec<Slot>) -> Result<(), DevError> {
     let mut ending = Ending { signals, node: node.node, hurried: false };
-    for part in [Part::Agent, Part::Balancer, Part::Runner] {
-        ending.stop(&mut slots, part);
-    }
+    ending.stop(&mut slots, Part::Agent);
+    node.sockets.refuse_api();
+    ending.stop(&mut slots, Part::Balancer);
+    ending.stop(&mut slots, Part::Runner);
     ending.teardown(node, &slots);
     ending.stop(&mut slots, Part::Lease);
     let left = leftovers::find(node.layout, node.node);

@@ -9,7 +9,8 @@
 //!   runner/                 0700 root
 //!   pool.img pool/          the loop file and its mount point
 //!   log/                    0700 root; stderr of each process
-//!   lock node unclean ready processes   the supervisor's own
+//!   lock node unclean processes   the supervisor's own
+//!   ready                   there while the API answers; a link into /proc, so that it dies with the supervisor
 //! ```
 //!
 //! A checkout or a state folder below /root is closed to the unprivileged processes. They see DIR as [`VIEW`] in

@@ -8,7 +8,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, listen, shutdown, socket,
+};
 
 use super::error::DevError;
 use super::layout::{Layout, Users};
@@ -59,6 +61,15 @@ impl Sockets {
 
     pub fn admin_path(&self) -> &Path {
         &self.admin.path
+    }
+
+    /// Refuses new connections to the API from here on: at the end nobody is left to answer them, and the listeners
+    /// stay open until everything is taken down.
+    pub fn refuse_api(&self) {
+        for socket in [&self.admin, &self.read] {
+            // For a listening unix socket this is what close would do to new connections (unix(7)); it can't fail.
+            let _ = shutdown(socket.fd.as_raw_fd(), Shutdown::Read);
+        }
     }
 
     pub fn for_agent(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {

@@ -2,9 +2,9 @@
 //!
 //! It waits for three things only: a signal (as a descriptor), the end of a part (its pidfd), and time.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
 use super::ending;
@@ -74,6 +75,8 @@ pub struct Supervisor<'a> {
     probe: Probe,
     started: Instant,
     told_slow: bool,
+    /// What `DIR/ready` links to, once the API answers.
+    ready: Option<File>,
 }
 
 /// SIGINT, SIGTERM and SIGHUP, as a descriptor.
@@ -101,7 +104,7 @@ impl<'a> Supervisor<'a> {
         let path = node.layout.path("unclean");
         fs::write(&path, "").map_err(|source| DevError::Folder { path, source })?;
         let probe = Probe::new(node.sockets.admin_path(), now);
-        Ok(Self { node, signals, slots, probe, started: now, told_slow: false })
+        Ok(Self { node, signals, slots, probe, started: now, told_slow: false, ready: None })
     }
 
     /// Keeps the parts alive until a signal asks for the end, then ends them.
@@ -215,14 +218,15 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    fn announce(&self, version: &Version) {
+    fn announce(&mut self, version: &Version) {
         let layout = self.node.layout;
         let (socket, http) = (self.node.sockets.admin_path(), self.node.sockets.http_address());
         let ready = serde_json::json!({
             "version": version.version, "node": version.node, "socket": socket, "http": http,
         });
-        if let Err(error) = fs::write(layout.path("ready"), format!("{ready}\n")) {
-            say(&format!("{} can't be written: {error}", layout.path("ready").display()));
+        match mark_ready(&layout.path("ready"), &ready.to_string()) {
+            Ok(mark) => self.ready = Some(mark),
+            Err(error) => say(&format!("{} can't be made: {error}", layout.path("ready").display())),
         }
         let text = format!(
             "epagent {} is up: node {}, state in {}\n\n  \
@@ -249,6 +253,15 @@ impl<'a> Supervisor<'a> {
     }
 }
 
+/// Makes the mark that others wait for: a link to a file in our own memory, by way of /proc. Unlike a file it is
+/// gone the moment we are, also when we are killed; whoever waits for the next start never sees that of the last.
+fn mark_ready(path: &Path, text: &str) -> std::io::Result<File> {
+    let mut mark = File::from(memfd_create("epagent-ready", MemfdFlags::CLOEXEC)?);
+    writeln!(mark, "{text}")?;
+    std::os::unix::fs::symlink(format!("/proc/{}/fd/{}", std::process::id(), mark.as_raw_fd()), path)?;
+    Ok(mark)
+}
+
 impl Slot {
     fn next_wait(&mut self, lived_ms: u64) -> Duration {
         Duration::from_millis(self.restarts.after_death_ms(lived_ms))
@@ -258,8 +271,7 @@ impl Slot {
 /// Until `until`, rounded up, so that it has passed when poll returns.
 pub fn timeout(until: Instant) -> PollTimeout {
     let left = until.saturating_duration_since(Instant::now());
-    let ms = left.as_millis() + u128::from(left.subsec_nanos() % 1_000_000 != 0);
-    PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
+    PollTimeout::try_from(left.as_nanos().div_ceil(1_000_000)).unwrap_or(PollTimeout::MAX)
 }
 
 /// How a child ended, in words, if it has.

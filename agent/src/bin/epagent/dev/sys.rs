@@ -55,9 +55,7 @@ pub fn spawn(become_program: impl FnOnce() -> Result<Infallible, StepError>) -> 
     match unsafe { fork() }.map_err(|errno| StepError::new("fork", errno))? {
         ForkResult::Child => {
             drop(told);
-            let failed = match become_program() {
-                Err(error) => error,
-            };
+            let Err(failed) = become_program();
             let code = failed.source.raw_os_error().unwrap_or(0);
             let step: String = failed.step.chars().take(MESSAGE_BYTES_MAX / 8).collect();
             let mut message = code.to_ne_bytes().to_vec();

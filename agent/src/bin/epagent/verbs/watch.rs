@@ -150,7 +150,7 @@ impl Shown<'_> {
             Phase::Failed => Tone::Bad,
             _ => Tone::Bold,
         };
-        let phase = format!("{:<9}", step.phase.as_str());
+        let phase = format!("{:<10}", step.phase.as_str());
         let time = format!("{:>3}.{} s", passed / 1000, (passed % 1000) / 100);
         let note = self.screen.foreign(&step.note);
         self.screen.say(format!("  {time}  {} {note}", self.screen.paint(tone, &phase)).trim_end());
