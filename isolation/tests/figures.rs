@@ -46,7 +46,9 @@ fn a_start_with_network_takes_milliseconds_and_the_monitor_a_few_pages() {
         jails.push(jail);
     }
     times_us.sort_unstable();
-    let (p50, p99) = (times_us[STARTS / 2], times_us[STARTS - 1]);
-    println!("launch to running app, with network: p50 {p50} µs, worst of {STARTS} {p99} µs");
+    let (best, p50, worst) = (times_us[0], times_us[STARTS / 2], times_us[STARTS - 1]);
+    println!(
+        "launch to running app, with network, {STARTS} starts: best {best} µs, p50 {p50} µs, worst {worst} µs"
+    );
     assert!(p50 < 50_000, "{p50} µs");
 }

@@ -128,10 +128,14 @@ impl Rtnl {
         Ok(links)
     }
 
-    /// Index of the link `name`.
+    /// Index of the link `name`. Asked for alone: a dump of all links grows with the number of instances.
     pub(crate) fn index(&mut self, name: &str) -> io::Result<u32> {
-        let found = self.links()?.into_iter().find(|link| link.name == name);
-        found.map(|link| link.index).ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
+        let mut message = Message::link(0, 0, 0);
+        message.text(libc::IFLA_IFNAME, name);
+        let mut index = None;
+        let sequence = self.send(libc::RTM_GETLINK, NLM_F_REQUEST | NLM_F_ACK, message)?;
+        self.receive(sequence, |body| index = body.get(4..8).map(number))?;
+        index.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
     /// Output interfaces of default routes in the main table, of both families.

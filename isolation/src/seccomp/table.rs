@@ -6,6 +6,13 @@
 
 use libc::*;
 
+// Calls of Linux 6.5 to 6.7 that libc does not name everywhere. Numbers above 423 are the same on every architecture.
+const CACHESTAT: c_long = 451;
+const FCHMODAT2: c_long = 452;
+const FUTEX_WAKE: c_long = 454;
+const FUTEX_WAIT: c_long = 455;
+const FUTEX_REQUEUE: c_long = 456;
+
 /// A named group of calls.
 pub(super) struct Group {
     /// Who needs it.
@@ -36,7 +43,7 @@ pub(super) const ALLOWED: &[Group] = &[
             SYS_preadv2, SYS_pwritev2, SYS_close, SYS_close_range, SYS_dup, SYS_dup3, SYS_fcntl, SYS_flock,
             SYS_lseek, SYS_fsync, SYS_fdatasync, SYS_sync_file_range, SYS_syncfs, SYS_ftruncate,
             SYS_fallocate, SYS_fadvise64, SYS_readahead, SYS_copy_file_range, SYS_sendfile, SYS_splice,
-            SYS_tee, SYS_vmsplice, SYS_pipe2, SYS_ioctl,
+            SYS_tee, SYS_vmsplice, SYS_pipe2, SYS_ioctl, CACHESTAT,
         ],
     },
     Group {
@@ -45,7 +52,7 @@ pub(super) const ALLOWED: &[Group] = &[
             SYS_openat, SYS_openat2, SYS_newfstatat, SYS_fstat, SYS_statx, SYS_statfs, SYS_fstatfs,
             SYS_faccessat, SYS_faccessat2, SYS_getdents64, SYS_getcwd, SYS_chdir, SYS_fchdir, SYS_mkdirat,
             SYS_mknodat, SYS_unlinkat, SYS_renameat2, SYS_linkat, SYS_symlinkat, SYS_readlinkat, SYS_fchmod,
-            SYS_fchmodat, SYS_fchmodat2, SYS_fchown, SYS_fchownat, SYS_utimensat, SYS_truncate, SYS_umask,
+            SYS_fchmodat, FCHMODAT2, SYS_fchown, SYS_fchownat, SYS_utimensat, SYS_truncate, SYS_umask,
             SYS_sync, SYS_getxattr, SYS_lgetxattr, SYS_fgetxattr, SYS_listxattr, SYS_llistxattr,
             SYS_flistxattr, SYS_setxattr, SYS_lsetxattr, SYS_fsetxattr, SYS_removexattr, SYS_lremovexattr,
             SYS_fremovexattr, SYS_renameat,
@@ -76,7 +83,7 @@ pub(super) const ALLOWED: &[Group] = &[
             SYS_clone, SYS_execve, SYS_execveat, SYS_exit, SYS_exit_group, SYS_wait4, SYS_waitid,
             SYS_getpid, SYS_getppid, SYS_gettid, SYS_setsid, SYS_getsid, SYS_setpgid, SYS_getpgid,
             SYS_prctl, SYS_set_tid_address, SYS_set_robust_list, SYS_get_robust_list, SYS_futex,
-            SYS_futex_waitv, SYS_rseq, SYS_pidfd_open, SYS_pidfd_send_signal, SYS_restart_syscall,
+            SYS_futex_waitv, FUTEX_WAKE, FUTEX_WAIT, FUTEX_REQUEUE, SYS_rseq, SYS_pidfd_open, SYS_pidfd_send_signal, SYS_restart_syscall,
         ],
     },
     Group {
