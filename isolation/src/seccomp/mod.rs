@@ -1,15 +1,18 @@
 //! System-call filters, compiled from [`table`].
 //!
-//! Three filters are stacked, since one has a single answer for what it matches:
+//! Four filters are stacked, since one has a single answer for what it matches:
 //!
 //! ```text
 //! x32 (x86-64 only)   number with the x32 bit → kill the process
 //! allow               in the list → allow, else → ENOSYS; another architecture → kill the process
 //! refuse              known bad, or bad arguments → EPERM, else → allow
+//! sockets             a family or netlink protocol not in the list → EAFNOSUPPORT, else → allow
 //! ```
 //!
-//! The kernel takes the strictest answer; between two errnos, that of the filter installed last. So `refuse` is
-//! installed last.
+//! The kernel takes the strictest answer; between two errnos, that of the filter installed last. So `allow` comes
+//! before the two that know better. Sockets have an answer of their own because programs that can do without ask
+//! for it: to libaudit, and so to useradd, su and dbus's installation, EPERM is fatal and EAFNOSUPPORT is a kernel
+//! without audit.
 
 #[rustfmt::skip] // One call a line would hide the groups.
 mod table;
@@ -35,6 +38,7 @@ impl Filters {
         let mut programs = x32();
         programs.push(allow(profile).map_err(io::Error::other)?);
         programs.push(refuse(profile).map_err(io::Error::other)?);
+        programs.push(sockets().map_err(io::Error::other)?);
         Ok(Filters(programs))
     }
 
@@ -72,8 +76,6 @@ fn refuse(profile: Profile) -> Result<BpfProgram, seccompiler::BackendError> {
         .filter(|number| !allowed.contains(number))
         .map(|number| (number, Vec::new()))
         .collect();
-    rules.insert(libc::SYS_socket, bad_sockets()?);
-    rules.insert(libc::SYS_socketpair, bad_sockets()?);
     rules.insert(libc::SYS_ioctl, bad_ioctls()?);
     rules.insert(libc::SYS_clone, bad_flags(&table::NEW_NAMESPACES)?);
     if profile == Profile::Bootstrap {
@@ -88,6 +90,12 @@ fn refuse(profile: Profile) -> Result<BpfProgram, seccompiler::BackendError> {
     );
     let denied = SeccompAction::Errno(libc::EPERM as u32);
     SeccompFilter::new(rules, SeccompAction::Allow, denied, arch()?)?.try_into()
+}
+
+fn sockets() -> Result<BpfProgram, seccompiler::BackendError> {
+    let rules = [(libc::SYS_socket, bad_sockets()?), (libc::SYS_socketpair, bad_sockets()?)].into();
+    let absent = SeccompAction::Errno(libc::EAFNOSUPPORT as u32);
+    SeccompFilter::new(rules, SeccompAction::Allow, absent, arch()?)?.try_into()
 }
 
 /// All arguments looked at are C ints to the kernel: 32 bits.
