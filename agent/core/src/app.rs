@@ -38,14 +38,12 @@ use crate::exit::Exit;
 use crate::health::Health;
 use crate::name::{DeployId, JailId, ProcessName, ReleaseNumber};
 use crate::phase::Phase;
-use crate::spec::{AppSpec, Strategy};
+use crate::spec::{AppSpec, ProcessSpec, Strategy};
 use crate::verdict::Cause;
 
 /// How long a draining instance may keep requests before it is stopped all the same. Upgraded connections may
 /// never end by themselves.
 pub const DRAIN_MS_MAX: u64 = 30_000;
-/// How long an instance that was asked to stop may take past its grace before that is called trouble.
-pub const STOP_SLACK_MS: u64 = 10_000;
 
 /// An app as it is wanted and as it is seen, at one moment.
 #[derive(Debug, Clone)]
@@ -87,6 +85,8 @@ pub struct Instance {
     pub state: InstanceState,
     pub health: Health,
     pub started_at_ms: u64,
+    /// Since when it has not been healthy, if it was before.
+    pub unhealthy_since_ms: Option<u64>,
     /// Why its last check failed.
     pub last_error: Option<String>,
 }
@@ -96,13 +96,15 @@ pub enum InstanceState {
     /// Recorded; its jail is being made.
     Starting,
     Running,
-    /// Gets nothing new. `in_flight` is what the balancer says it still has; None: unknown.
+    /// Gets nothing new. Since when the balancer knows that, and what it says the instance still has; None: unknown.
     Draining {
         since_ms: u64,
         in_flight: Option<u32>,
     },
-    /// Was asked to end.
-    Stopping,
+    /// Is to end. `sent`: the runner has been told, as far as this agent knows.
+    Stopping {
+        sent: bool,
+    },
     Exited(Exit),
 }
 
@@ -126,6 +128,10 @@ pub enum Action {
     Stop {
         id: JailId,
     },
+    /// It does not become healthy: count that as a crash and put another in its place.
+    Recycle {
+        id: JailId,
+    },
     /// Record how it ended and remove what is left of it.
     Forget {
         id: JailId,
@@ -144,13 +150,16 @@ pub enum Action {
 }
 
 impl View {
-    /// How many instances of `process` are wanted in this generation.
-    pub fn count(&self, spec: &AppSpec, process: &ProcessName) -> u32 {
-        if !self.wanted {
+    /// How many instances of `process` are wanted of this generation. A candidate's are wanted also while the app is
+    /// stopped: what it brings up is what starts the app again.
+    pub fn count(&self, generation: &Generation, process: &ProcessName) -> u32 {
+        let is_candidate =
+            self.candidate.as_ref().is_some_and(|candidate| candidate.generation.deploy == generation.deploy);
+        if !self.wanted && !is_candidate {
             return 0;
         }
         let asked = self.scale.get(process).copied();
-        spec.processes.get(process).map_or(0, |found| asked.unwrap_or(found.instances))
+        generation.spec.processes.get(process).map_or(0, |found| asked.unwrap_or(found.instances))
     }
 
     /// Processes whose requests are held and whose old instances make room, because a candidate replaces them.
@@ -173,6 +182,11 @@ impl View {
 
     fn is_candidate(&self, instance: &Instance) -> bool {
         self.candidate.as_ref().is_some_and(|candidate| candidate.generation.deploy == instance.deploy)
+    }
+
+    /// Of a candidate that does not serve yet.
+    fn is_on_trial(&self, instance: &Instance) -> bool {
+        self.is_candidate(instance) && !self.is_serving(instance)
     }
 }
 
@@ -207,16 +221,18 @@ fn end_instances(view: &View, now_ms: u64, actions: &mut Vec<Action>) {
     for instance in &view.instances {
         let id = || instance.id.clone();
         match &instance.state {
-            // A candidate's exit is first reported by its deploy's failure; then it belongs to no generation.
-            InstanceState::Exited(_) if !view.is_candidate(instance) => {
+            // The exit of one on trial is first reported by its deploy's failure; then it belongs to no generation.
+            InstanceState::Exited(_) if !view.is_on_trial(instance) => {
                 actions.push(Action::Forget { id: id() })
             }
             InstanceState::Draining { since_ms, in_flight } => {
-                let empty = *in_flight == Some(0) && view.table_current;
-                if empty || now_ms.saturating_sub(*since_ms) >= DRAIN_MS_MAX {
+                // Until the balancer has taken the table, it may still be sending requests here.
+                let spent = *in_flight == Some(0) || now_ms.saturating_sub(*since_ms) >= DRAIN_MS_MAX;
+                if view.table_current && spent {
                     actions.push(Action::Stop { id: id() });
                 }
             }
+            InstanceState::Stopping { sent: false } => actions.push(Action::Stop { id: id() }),
             InstanceState::Starting | InstanceState::Running
                 if !view.is_serving(instance) && !view.is_candidate(instance) =>
             {
@@ -231,19 +247,20 @@ fn end_instances(view: &View, now_ms: u64, actions: &mut Vec<Action>) {
 fn keep_serving(view: &View, serving: &Generation, now_ms: u64, actions: &mut Vec<Action>) {
     let replaced = view.replaced();
     for instance in view.of(serving.deploy).filter(|instance| instance.is_live()) {
-        let wanted = view.count(&serving.spec, &instance.process);
+        let wanted = view.count(serving, &instance.process);
         if instance.index >= wanted || replaced.contains(&instance.process) {
             actions.push(Action::Drain { id: instance.id.clone() });
         }
     }
     for (process, spec) in serving.spec.processes.iter().filter(|(process, _)| !replaced.contains(process)) {
-        for index in 0..view.count(&serving.spec, process) {
-            let at = |instance: &&Instance| instance.process == *process && instance.index == index;
-            let taken = view.of(serving.deploy).filter(at).any(Instance::is_live);
-            // With `replace`, no instance starts while one of another generation may still write.
+        for index in 0..view.count(serving, process) {
+            let here = |instance: &Instance| instance.process == *process && instance.index == index;
+            let taken = view.of(serving.deploy).any(|instance| here(instance) && instance.is_live());
+            // With `replace`, none starts while one may still write: of another generation, or its own predecessor.
             let blocked = spec.deploy == Strategy::Replace
                 && view.instances.iter().any(|other| {
-                    other.process == *process && other.deploy != serving.deploy && !other.has_ended()
+                    let elsewhere = other.process == *process && other.deploy != serving.deploy;
+                    (elsewhere || here(other)) && !other.has_ended()
                 });
             let waiting = view.crashes.get(&(process.clone(), index)).is_some_and(|crash| {
                 now_ms.saturating_sub(crash.at_ms) < backoff::wait_ms(crash.restarts.saturating_sub(1))
@@ -252,5 +269,35 @@ fn keep_serving(view: &View, serving: &Generation, now_ms: u64, actions: &mut Ve
                 actions.push(Action::Start { deploy: serving.deploy, process: process.clone(), index });
             }
         }
+        recycle(view, serving, process, spec, now_ms, actions);
+    }
+}
+
+/// Replaces an instance that runs and has not been healthy for as long as a new one may take to become it; one of a
+/// process at a time, so that a check that is wrong does not take all of them away.
+fn recycle(
+    view: &View,
+    serving: &Generation,
+    process: &ProcessName,
+    spec: &ProcessSpec,
+    now_ms: u64,
+    actions: &mut Vec<Action>,
+) {
+    let of_process = || view.of(serving.deploy).filter(|instance| instance.process == *process);
+    let in_change = of_process().any(|instance| instance.state != InstanceState::Running);
+    // A deploy judges its own instances until it has switched.
+    if in_change || view.candidate.is_some() {
+        return;
+    }
+    let ailing = of_process().find(|instance| {
+        let since_ms = match instance.health {
+            Health::Healthy => return false,
+            Health::Unproven => instance.started_at_ms,
+            Health::Unhealthy => instance.unhealthy_since_ms.unwrap_or(now_ms),
+        };
+        now_ms.saturating_sub(since_ms) > spec.health.deadline_ms
+    });
+    if let Some(instance) = ailing {
+        actions.push(Action::Recycle { id: instance.id.clone() });
     }
 }

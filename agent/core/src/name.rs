@@ -153,6 +153,12 @@ impl JailId {
         }
         Self(id)
     }
+
+    /// The app whose jail this is; none when the id was not made by [`JailId::new`].
+    pub fn app(&self) -> Option<AppName> {
+        let (app, salt) = self.0.rsplit_once('-')?;
+        if salt.len() == 8 { app.parse().ok() } else { None }
+    }
 }
 
 #[cfg(test)]
@@ -181,7 +187,7 @@ mod tests {
         for salt in [0, 1, u64::MAX, 0x1234_5678_9abc_def0] {
             let id = JailId::new(&app, salt);
             assert!(id.as_str().parse::<JailId>().is_ok());
-            assert!(id.as_str().starts_with(app.as_str()));
+            assert_eq!(id.app(), Some(app.clone()));
         }
     }
 

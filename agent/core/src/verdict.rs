@@ -28,7 +28,7 @@ pub struct Verdict {
 pub const LOG_LINES_MAX: usize = 20;
 
 /// Every code a verdict may have.
-pub const CODES: [&str; 11] = [
+pub const CODES: [&str; 12] = [
     "archive_refused",
     "build_failed",
     "release_failed",
@@ -37,6 +37,7 @@ pub const CODES: [&str; 11] = [
     "out_of_memory",
     "past_deadline",
     "wrong_port",
+    "not_started",
     "unhealthy",
     "refused",
     "canceled",
@@ -63,6 +64,12 @@ pub enum Cause {
         index: u32,
         exit: Exit,
     },
+    /// An instance's jail was asked for and did not come to run in time.
+    NotStarted {
+        process: ProcessName,
+        index: u32,
+        after_ms: u64,
+    },
     /// An instance runs and did not become healthy in time.
     Unhealthy {
         process: ProcessName,
@@ -76,8 +83,10 @@ pub enum Cause {
         attempted: String,
         reason: String,
     },
-    /// A newer deploy or the app's removal took its place.
-    Canceled,
+    /// The operator canceled it, a newer deploy took its place, or the app was removed; which of them is said.
+    Canceled {
+        why: String,
+    },
 }
 
 /// What was found where the failure happened.
@@ -110,6 +119,12 @@ impl Cause {
             Cause::InstanceExited { process, index, exit } => {
                 of_instance(&format!("{process}.{index}"), &exit)
             }
+            Cause::NotStarted { process, index, after_ms } => (
+                "not_started",
+                format!("{process}.{index} did not come to run in {} s", after_ms.div_ceil(1000)),
+                "see `epagent doctor` and the runner's log: its disk or the machine may be stalled"
+                    .to_owned(),
+            ),
             Cause::Unhealthy { process, index, check, after_ms, last_error } => {
                 let who = format!("{process}.{index}");
                 of_unhealthy(&who, &check, after_ms, last_error.as_deref(), &listening)
@@ -119,10 +134,10 @@ impl Cause {
                 format!("{attempted}: {reason}"),
                 "mend what it names and deploy again".to_owned(),
             ),
-            Cause::Canceled => (
+            Cause::Canceled { why } => (
                 "canceled",
-                "the deploy was canceled before it was done".to_owned(),
-                "look at `epagent events` for what took its place".to_owned(),
+                format!("the deploy was canceled: {why}"),
+                "deploy again when it is wanted".to_owned(),
             ),
         };
         Verdict { phase, code: code.to_owned(), message, hint, log }
@@ -134,6 +149,7 @@ type Words = (&'static str, String, String);
 fn of_command(code: &'static str, which: &str, command: &str, exit: &Exit) -> Words {
     let message = format!("the {which} command `{command}` {exit}");
     let hint = match exit {
+        Exit { monitor_lost: true, .. } => "the agent was stopped meanwhile; deploy again".to_owned(),
         Exit { out_of_memory: true, .. } => format!("raise the memory of {which} jobs, or have it use less"),
         Exit { code: Some(127), .. } => {
             "a command in it is not in the image; install it or correct its name".to_owned()
@@ -241,7 +257,8 @@ mod tests {
     #[test]
     fn a_verdict_keeps_the_last_lines_only() {
         let log = (0..100).map(|n| n.to_string()).collect();
-        let verdict = Cause::Canceled.verdict(Phase::Building, Findings { log, listening: Vec::new() });
+        let verdict = Cause::Canceled { why: String::new() }
+            .verdict(Phase::Building, Findings { log, listening: Vec::new() });
         assert_eq!(verdict.log.len(), LOG_LINES_MAX);
         assert_eq!(verdict.log.last().unwrap(), "99");
     }

@@ -14,6 +14,7 @@
 //! | `PUT /v1/deploys/N/archive` | a tar, plain, gzip or zstd → [`Deploy`] |
 //! | `GET /v1/deploys?app=A` | → [`Deploy`]s, newest first |
 //! | `GET /v1/deploys/N` | → [`Deploy`] |
+//! | `DELETE /v1/deploys/N` | → [`Deploy`]; cancels it, unless it has switched |
 //! | `GET /v1/deploys/N/watch?from=S` | → lines of [`DeployUpdate`] until it is over; `from` resumes after a sequence number |
 //! | `POST /v1/apps/A/rollback` | [`Rollback`] → [`Deploy`] |
 //! | `POST /v1/apps/A/restart`, `…/stop`, `…/start` | → [`Deploy`] (stop: [`App`]) |

@@ -32,7 +32,7 @@ pub struct Table {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
-    /// `APP/PROCESS/MATCH`, for counters and logs.
+    /// `APP/PROCESS/NUMBER`, for counters and logs.
     pub id: String,
     #[serde(rename = "match")]
     pub matches: Match,

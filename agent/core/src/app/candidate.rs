@@ -40,7 +40,7 @@ fn start_missing(view: &View, generation: &Generation, actions: &mut Vec<Action>
     let mut complete = true;
     for (process, spec) in &generation.spec.processes {
         let room = spec.deploy == Strategy::Overlap || old_ones_ended(view, generation, process);
-        for index in 0..view.count(&generation.spec, process) {
+        for index in 0..view.count(generation, process) {
             let exists = view.of(generation.deploy).any(|instance| {
                 instance.process == *process && instance.index == index && instance.is_live()
             });
@@ -84,6 +84,10 @@ fn failure(view: &View, candidate: &Candidate, now_ms: u64) -> Option<Action> {
             InstanceState::Exited(exit) => {
                 let cause =
                     Cause::InstanceExited { process: process(), index: instance.index, exit: exit.clone() };
+                Some(fail(instance, cause))
+            }
+            InstanceState::Starting if age_ms > spec.deadline_ms => {
+                let cause = Cause::NotStarted { process: process(), index: instance.index, after_ms: age_ms };
                 Some(fail(instance, cause))
             }
             InstanceState::Running if instance.health != Health::Healthy && age_ms > spec.deadline_ms => {

@@ -1,7 +1,7 @@
 //! A seeded world around [`plan`](super::plan): instances start, become healthy, crash and end at random moments,
 //! actions get lost, and the caller is killed between any two of them. Each seed can be replayed by its number.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::*;
@@ -54,6 +54,13 @@ struct World {
     broken: Option<DeployId>,
     ended: Option<Phase>,
     strategy: Strategy,
+    /// Instances that were asked to end.
+    asked: BTreeSet<JailId>,
+    /// Instances that are up in the table the balancer has.
+    taken: BTreeSet<JailId>,
+    /// The balancer takes no table.
+    deaf: bool,
+    starts: u32,
 }
 
 impl World {
@@ -68,7 +75,19 @@ impl World {
             table_current: false,
         };
         let random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        Self { view, random, now_ms: 1_000, salt: 0, broken: None, ended: None, strategy }
+        Self {
+            view,
+            random,
+            now_ms: 1_000,
+            salt: 0,
+            broken: None,
+            ended: None,
+            strategy,
+            asked: BTreeSet::new(),
+            taken: BTreeSet::new(),
+            deaf: false,
+            starts: 0,
+        }
     }
 
     fn deploy(&mut self, id: i64, instances: u32) {
@@ -86,6 +105,7 @@ impl World {
         match action {
             Action::Start { deploy, process, index } => {
                 self.salt += 1;
+                self.starts += 1;
                 self.view.instances.push(Instance {
                     id: JailId::new(&"shop".parse().unwrap(), self.salt),
                     deploy,
@@ -94,22 +114,42 @@ impl World {
                     state: InstanceState::Starting,
                     health: Health::Unproven,
                     started_at_ms: self.now_ms,
+                    unhealthy_since_ms: None,
                     last_error: None,
                 });
             }
             Action::Drain { id } => {
+                self.asked.insert(id.clone());
                 let since_ms = self.now_ms;
                 self.find(&id).state = InstanceState::Draining { since_ms, in_flight: None };
                 self.view.table_current = false;
             }
-            Action::Stop { id } => self.find(&id).state = InstanceState::Stopping,
-            Action::Forget { id } => self.view.instances.retain(|instance| instance.id != id),
+            Action::Stop { id } => {
+                let up = self.taken.contains(&id);
+                assert!(!up, "stopped while the balancer's table has it as up: {id}");
+                // The order may get lost; then it has to be given again.
+                let sent = !self.random.one_in(3);
+                self.find(&id).state = InstanceState::Stopping { sent };
+            }
+            Action::Forget { id } => {
+                let gone = self.find(&id).clone();
+                if self.view.is_serving(&gone) && !self.asked.contains(&id) {
+                    let at_ms = self.now_ms;
+                    let crash = self.view.crashes.entry((gone.process, gone.index));
+                    let crash = crash.or_insert(Crash { restarts: 0, at_ms });
+                    *crash = Crash { restarts: crash.restarts + 1, at_ms };
+                }
+                self.view.instances.retain(|instance| instance.id != id);
+            }
+            Action::Recycle { id } => self.apply(Action::Drain { id }),
             Action::Advance { from, to, .. } => {
                 assert!(from.may_become(to), "{from} → {to}");
                 let candidate = self.view.candidate.as_mut().expect("an advancing deploy is there");
                 candidate.phase = to;
                 self.view.table_current = false;
                 if to == Phase::Switching {
+                    self.view.wanted = true;
+                    self.view.crashes.clear();
                     self.view.serving = Some(candidate.generation.clone());
                 } else if to == Phase::Done {
                     self.view.candidate = None;
@@ -147,15 +187,19 @@ impl World {
                 InstanceState::Running if chance < 60 && Some(instance.deploy) != broken => {
                     instance.health = Health::Healthy;
                 }
-                InstanceState::Draining { in_flight, .. } if chance < 50 => *in_flight = Some(0),
-                InstanceState::Stopping if chance < 50 => {
+                InstanceState::Draining { in_flight, .. } if chance < 50 && self.view.table_current => {
+                    *in_flight = Some(0);
+                }
+                InstanceState::Stopping { sent: true } if chance < 50 => {
                     instance.state = InstanceState::Exited(Exit { signal: Some(15), ..Exit::default() });
                 }
                 _ => {}
             }
         }
-        if self.random.one_in(2) {
+        if !self.deaf && self.random.one_in(2) {
             self.view.table_current = true;
+            let up = |i: &&Instance| self.view.is_serving(i) && i.is_live();
+            self.taken = self.view.instances.iter().filter(up).map(|i| i.id.clone()).collect();
         }
     }
 
@@ -180,6 +224,19 @@ impl World {
                 "two generations of a replaced process at once: {:#?}",
                 self.view.instances
             );
+        }
+        if self.strategy == Strategy::Replace {
+            let mut writers: Vec<_> = self
+                .view
+                .instances
+                .iter()
+                .filter(|i| !i.has_ended())
+                .map(|i| (&i.process, i.index))
+                .collect();
+            writers.sort();
+            let count = writers.len();
+            writers.dedup();
+            assert_eq!(count, writers.len(), "two writers in one place");
         }
         let mut places: Vec<_> = self
             .view
@@ -295,5 +352,85 @@ fn stopping_and_scaling_reach_their_number() {
         }
         world.view.wanted = false;
         world.settle(0);
+    }
+}
+
+#[test]
+fn scaling_down_and_up_never_has_two_writers_in_one_place() {
+    for seed in 0..200 {
+        let mut world = World::new(seed, Strategy::Replace);
+        world.deploy(1, 1);
+        world.run_until_over(false);
+        world.settle(1);
+        for count in [0, 1, 0, 1] {
+            world.view.scale.insert("web".parse().unwrap(), count);
+            for _ in 0..3 {
+                world.round(false);
+            }
+        }
+        world.settle(1);
+    }
+}
+
+#[test]
+fn a_balancer_that_takes_no_table_keeps_what_it_sends_to() {
+    for seed in 0..200 {
+        let mut world = World::new(seed, Strategy::Overlap);
+        world.deploy(1, 2);
+        world.run_until_over(false);
+        world.settle(2);
+        world.deaf = true;
+        world.deploy(2, 2);
+        // Far longer than a drain may last: `apply` fails if one that gets requests is stopped.
+        for _ in 0..1_000 {
+            world.round(false);
+        }
+        assert!(world.ended.is_none(), "seed {seed}");
+        world.deaf = false;
+        assert_eq!(world.run_until_over(false), Phase::Done, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_release_that_crashes_after_the_switch_is_restarted_with_waits() {
+    for seed in 0..50 {
+        let mut world = World::new(seed, Strategy::Overlap);
+        world.deploy(1, 1);
+        world.run_until_over(false);
+        world.settle(1);
+        world.deploy(2, 1);
+        while world.view.candidate.as_ref().is_some_and(|candidate| !candidate.phase.has_switched()) {
+            world.round(false);
+        }
+        world.deaf = true;
+        world.starts = 0;
+        for _ in 0..200 {
+            world.round(false);
+            for instance in world.view.instances.iter_mut().filter(|i| i.state == InstanceState::Running) {
+                instance.state = InstanceState::Exited(Exit { code: Some(1), ..Exit::default() });
+            }
+        }
+        // Ten seconds: three at once, then after 2 and 4 seconds.
+        assert!(world.starts <= 8, "seed {seed}: {} starts", world.starts);
+        assert!(world.view.instances.len() <= 4, "seed {seed}: {:#?}", world.view.instances);
+    }
+}
+
+#[test]
+fn an_app_that_was_stopped_stays_stopped_when_its_deploy_fails() {
+    for seed in 0..100 {
+        let mut world = World::new(seed, Strategy::Overlap);
+        world.deploy(1, 2);
+        world.run_until_over(false);
+        world.view.wanted = false;
+        world.settle(0);
+        world.broken = Some(DeployId(2));
+        world.deploy(2, 2);
+        assert_eq!(world.run_until_over(false), Phase::Failed, "seed {seed}");
+        world.settle(0);
+        world.broken = None;
+        world.deploy(3, 2);
+        assert_eq!(world.run_until_over(false), Phase::Done, "seed {seed}");
+        world.settle(2);
     }
 }

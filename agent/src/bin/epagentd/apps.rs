@@ -22,7 +22,7 @@ pub use start::{environment, missing_secrets, start as start_jail};
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use epagent_core::app::{Crash, plan};
 use epagent_core::name::{AppName, JailId, ProcessName};
@@ -35,7 +35,7 @@ use crate::config::Config;
 use crate::health::Checks;
 use crate::routing::Routing;
 use crate::runner::{CallError, Runner};
-use crate::supervise::{Board, chain};
+use crate::supervise::{Board, chain, last_panic};
 use crate::table;
 use crate::world::Worlds;
 
@@ -45,6 +45,8 @@ const PACE_CALM: Duration = Duration::from_secs(1);
 const PACE_BUSY: Duration = Duration::from_millis(50);
 /// The pace while the runner is away or a round fails.
 const PACE_TROUBLE: Duration = Duration::from_millis(250);
+/// How often old logs, trees and releases are looked for; after a deploy it is done at once.
+const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What every loop and every request works with. Cheap to clone.
 #[derive(Clone)]
@@ -58,6 +60,8 @@ pub struct Parts {
     pub board: Board,
     /// Jails that a request of a user holds: `epagent run`.
     pub held: Held,
+    /// Held while a deploy is begun.
+    pub begins: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Jails that no instance row speaks of and that are not to be swept.
@@ -145,7 +149,10 @@ impl Apps {
                     let subject = format!("app {app}");
                     let store = &self.parts.store;
                     let now_ms = clock::now_ms();
-                    let _ = store.error_record("loop_failed", &subject, "panicked", None, now_ms).await;
+                    let panic = last_panic();
+                    let _ = store
+                        .error_record("loop_failed", &subject, "panicked", panic.as_deref(), now_ms)
+                        .await;
                     tokio::time::sleep(PACE_CALM).await;
                 }
             }
@@ -163,10 +170,24 @@ struct AppLoop {
     parts: Parts,
     wake: Arc<Notify>,
     crashes: BTreeMap<(ProcessName, u32), Crash>,
-    /// Since when instances drain, as far as this process saw it.
+    /// Since when the balancer knows that instances drain, as far as this process saw it.
     draining: HashMap<JailId, u64>,
+    /// Instances the runner was told to stop, by this process: another one tells it again.
+    stops_sent: HashSet<JailId>,
+    unhealthy: HashMap<JailId, u64>,
+    /// Nothing is held against an instance for the time in which nobody looked.
+    begun_at_ms: u64,
+    tidied_at: Option<Instant>,
     /// The trouble that was last recorded, so that it is told once and not every round.
     trouble: Option<String>,
+}
+
+/// Whether the rest of what was planned may still be done.
+#[derive(PartialEq, Eq)]
+enum Next {
+    GoOn,
+    /// What was planned on is no longer so.
+    LookAgain,
 }
 
 enum Pace {
@@ -179,7 +200,18 @@ enum Pace {
 
 impl AppLoop {
     fn new(app: AppName, parts: Parts, wake: Arc<Notify>) -> Self {
-        Self { app, parts, wake, crashes: BTreeMap::new(), draining: HashMap::new(), trouble: None }
+        Self {
+            app,
+            parts,
+            wake,
+            crashes: BTreeMap::new(),
+            draining: HashMap::new(),
+            stops_sent: HashSet::new(),
+            unhealthy: HashMap::new(),
+            begun_at_ms: clock::now_ms(),
+            tidied_at: None,
+            trouble: None,
+        }
     }
 
     async fn run(mut self) {
@@ -250,17 +282,24 @@ impl AppLoop {
         if app.wanted == Wanted::Removed
             && let Some(deploy) = seen.deploy.as_ref().filter(|deploy| !deploy.phase.has_switched())
         {
-            self.give_up(deploy, Cause::Canceled, None).await?;
+            let why = "the app is being removed".to_owned();
+            self.give_up(deploy, Cause::Canceled { why }, None).await?;
             return Ok(Pace::Again);
         }
-        if self.build(&mut seen, &world).await? {
+        if self.start_again(&seen).await? || self.build(&mut seen, &world).await? {
             return Ok(Pace::Again);
         }
-        let swept = self.sweep(&seen, &world).await?;
+        let swept = self.sweep(&seen, &world, app.wanted).await?;
         let actions = plan(&seen.view, clock::now_ms());
         let acted = !actions.is_empty();
         for action in actions {
-            self.act(action, &seen).await?;
+            if self.act(action, &seen).await? == Next::LookAgain {
+                return Ok(Pace::Again);
+            }
+        }
+        if self.tidied_at.is_none_or(|at| at.elapsed() >= TIDY_INTERVAL) && app.wanted != Wanted::Removed {
+            self.tidy(&world).await?;
+            self.tidied_at = Some(Instant::now());
         }
         if app.wanted == Wanted::Removed && seen.is_empty() && !acted && !swept {
             self.remove(&world).await?;

@@ -16,7 +16,7 @@ use http_body_util::Empty;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 use tokio::task::AbortHandle;
 
 use crate::runner::Runner;
@@ -51,6 +51,8 @@ struct Probe {
 pub struct Subject {
     pub id: JailId,
     pub address: String,
+    /// The name a request of a user would have; apps refuse names they don't know.
+    pub host: String,
     pub spec: HealthSpec,
     /// It was healthy when the agent last knew.
     pub proven: bool,
@@ -64,12 +66,9 @@ impl Checks {
     /// Checks exactly these instances of the app from now on.
     pub fn keep(&self, app: &AppName, subjects: Vec<Subject>) {
         let mut probes = self.probes.lock().unwrap_or_else(PoisonError::into_inner);
-        let prefix = format!("{app}-");
         let stays = |id: &JailId| subjects.iter().any(|subject| subject.id == *id);
-        // An id is its app's name, a hyphen and eight letters.
-        let is_of_app = |id: &JailId| id.as_str().strip_prefix(&prefix).is_some_and(|rest| rest.len() == 8);
         probes.retain(|id, probe| {
-            let keep = stays(id) || !is_of_app(id);
+            let keep = stays(id) || id.app().as_ref() != Some(app);
             if !keep {
                 probe.task.abort();
             }
@@ -121,14 +120,14 @@ impl Checks {
                 return Ok(());
             }
             Check::Tcp => tokio::time::timeout(timeout, connect(&subject.address)).await.map(|r| r.map(drop)),
-            Check::Http(path) => tokio::time::timeout(timeout, get(&subject.address, path)).await,
-            Check::Exec(command) => tokio::time::timeout(timeout, self.exec(&subject.id, command)).await,
+            Check::Http(path) => tokio::time::timeout(timeout, get(subject, path)).await,
+            Check::Exec(command) => return self.exec(&subject.id, command, timeout).await,
         };
         result.unwrap_or_else(|_| Err(format!("no answer in {} ms", timeout.as_millis())))
     }
 
-    /// Runs the command in the instance and waits for its end.
-    async fn exec(&self, id: &JailId, command: &str) -> Result<(), String> {
+    /// Runs the command in the instance and waits for its end; one that takes too long is ended.
+    async fn exec(&self, id: &JailId, command: &str, timeout: Duration) -> Result<(), String> {
         let mut events = self.runner.events();
         let null = || -> Result<OwnedFd, String> {
             let opened = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
@@ -144,15 +143,49 @@ impl Checks {
         let Reply::Exec { exec: number } = answer.map_err(|error| error.to_string())?.reply else {
             return Err("the runner did not start it".to_owned());
         };
+        let running = Running { runner: self.runner.clone(), jail: id.clone(), exec: number, ended: false };
+        tokio::time::timeout(timeout, running.wait(&mut events))
+            .await
+            .unwrap_or_else(|_| Err(format!("`{command}` did not end in {} ms", timeout.as_millis())))
+    }
+}
+
+/// A check's command in an instance. Dropped before its end, by a deadline or because the instance is not checked any
+/// more, it is killed: what is left running would use up the instance.
+struct Running {
+    runner: Runner,
+    jail: JailId,
+    exec: u32,
+    ended: bool,
+}
+
+impl Running {
+    async fn wait(mut self, events: &mut broadcast::Receiver<Event>) -> Result<(), String> {
         loop {
-            match events.recv().await {
-                Ok(Event::ExecExited { jail, exec, exit }) if jail == *id && exec == number => {
-                    return if exit.success() { Ok(()) } else { Err(exit.to_string()) };
-                }
-                Ok(_) => {}
-                Err(error) => return Err(error.to_string()),
+            tokio::select! {
+                event = events.recv() => match event {
+                    Ok(Event::ExecExited { jail, exec, exit }) if jail == self.jail && exec == self.exec => {
+                        self.ended = true;
+                        return if exit.success() { Ok(()) } else { Err(exit.to_string()) };
+                    }
+                    Ok(_) => {}
+                    Err(error) => return Err(error.to_string()),
+                },
+                () = self.runner.lost() => return Err("the runner was restarted meanwhile".to_owned()),
             }
         }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        let (runner, jail, exec) = (self.runner.clone(), self.jail.clone(), self.exec);
+        tokio::spawn(async move {
+            let _ = runner.call(Request::ExecKill { jail, exec }).await;
+        });
     }
 }
 
@@ -162,13 +195,13 @@ async fn connect(address: &str) -> Result<TcpStream, String> {
 }
 
 /// `GET path`; any answer of 200 to 399 will do. The body is not read.
-async fn get(address: &str, path: &str) -> Result<(), String> {
-    let stream = connect(address).await?;
+async fn get(subject: &Subject, path: &str) -> Result<(), String> {
+    let stream = connect(&subject.address).await?;
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
     let (mut sender, connection) = handshake.map_err(|error| error.to_string())?;
     let driver = tokio::spawn(connection);
     let request = hyper::Request::get(path)
-        .header("host", format!("{address}:{APP_PORT}"))
+        .header("host", &subject.host)
         .header("user-agent", "epagent-health")
         .header("connection", "close")
         .body(Empty::<Bytes>::new())

@@ -8,7 +8,11 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 
+use epagent_core::name::JailId;
+use epagent_wire::runner::Request;
 use rustix::fs::{Mode, OFlags, openat};
+
+use crate::runner::{CallError, Runner};
 
 /// How far back a tail looks, in bytes of one file.
 const TAIL_BYTES_MAX: u64 = 1 << 20;
@@ -22,37 +26,75 @@ pub struct Line {
     pub text: String,
 }
 
-/// Reads a log from some point on, through rotation.
-pub struct Follower {
+/// Why a log can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    #[error("asking the runner for it")]
+    Runner(#[from] CallError),
+    #[error("reading it")]
+    Io(#[from] std::io::Error),
+}
+
+/// The last `lines` lines of a jail's log, and a follower of what comes after them.
+///
+/// Logs are on the pool, whose disk may stall: every read is done on a thread that may wait.
+pub async fn open(runner: &Runner, jail: &JailId, lines: usize) -> Result<(Vec<Line>, Follower), LogError> {
+    let answer = runner.call_with(Request::LogOpen { jail: jail.clone() }, Vec::new()).await?;
+    let folder = answer.fds.into_iter().next().ok_or(CallError::Unexpected)?;
+    let opened = tokio::task::spawn_blocking(move || tail(folder, lines)).await;
+    let (lines, reader) = opened.map_err(std::io::Error::other)??;
+    Ok((lines, Follower(Some(reader))))
+}
+
+/// Reads a log from some point on, through rotation. Empty after a read that failed.
+pub struct Follower(Option<Reader>);
+
+impl Follower {
+    /// Lines that were added since; none when there are none yet, or when the log can't be read any more.
+    pub async fn more(&mut self) -> Vec<Line> {
+        let Some(mut reader) = self.0.take() else { return Vec::new() };
+        let read = tokio::task::spawn_blocking(move || {
+            let lines = reader.more()?;
+            Ok::<_, std::io::Error>((lines, reader))
+        });
+        match read.await {
+            Ok(Ok((lines, reader))) => {
+                self.0 = Some(reader);
+                lines
+            }
+            _ => Vec::new(),
+        }
+    }
+}
+
+struct Reader {
     folder: OwnedFd,
     current: Option<File>,
     rest: Vec<u8>,
 }
 
-/// The last `lines` lines, and a follower of what comes after them.
-pub fn tail(folder: OwnedFd, lines: usize) -> std::io::Result<(Vec<Line>, Follower)> {
+fn tail(folder: OwnedFd, lines: usize) -> std::io::Result<(Vec<Line>, Reader)> {
     let mut bytes = Vec::new();
-    if let Some(previous) = open(&folder, "previous.log")? {
+    if let Some(previous) = open_in(&folder, "previous.log")? {
         read_end(previous, &mut bytes)?;
     }
-    let current = open(&folder, "current.log")?;
+    let current = open_in(&folder, "current.log")?;
     if let Some(current) = &current {
         read_end(current.try_clone()?, &mut bytes)?;
     }
-    let mut follower = Follower { folder, current, rest: Vec::new() };
-    let mut found = follower.split(&bytes);
+    let mut reader = Reader { folder, current, rest: Vec::new() };
+    let mut found = reader.split(&bytes);
     found.drain(..found.len().saturating_sub(lines));
-    Ok((found, follower))
+    Ok((found, reader))
 }
 
-impl Follower {
-    /// Lines that were added since; empty when there are none yet.
-    pub fn more(&mut self) -> std::io::Result<Vec<Line>> {
+impl Reader {
+    fn more(&mut self) -> std::io::Result<Vec<Line>> {
         let mut lines = Vec::new();
         let mut chunk = vec![0; CHUNK_BYTES];
         loop {
             if self.current.is_none() {
-                self.current = open(&self.folder, "current.log")?;
+                self.current = open_in(&self.folder, "current.log")?;
             }
             let Some(file) = &mut self.current else { return Ok(lines) };
             let length = file.read(&mut chunk)?;
@@ -63,7 +105,7 @@ impl Follower {
             }
             // At its end: has another file taken its name?
             let inode = file.metadata()?.ino();
-            match open(&self.folder, "current.log")? {
+            match open_in(&self.folder, "current.log")? {
                 Some(newer) if newer.metadata()?.ino() != inode => self.current = Some(newer),
                 _ => return Ok(lines),
             }
@@ -78,7 +120,7 @@ impl Follower {
     }
 }
 
-fn open(folder: &OwnedFd, name: &str) -> std::io::Result<Option<File>> {
+fn open_in(folder: &OwnedFd, name: &str) -> std::io::Result<Option<File>> {
     match openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty()) {
         Ok(file) => Ok(Some(file.into())),
         Err(rustix::io::Errno::NOENT) => Ok(None),
@@ -126,26 +168,26 @@ mod tests {
         let (folder, fd) = folder();
         let current = folder.path().join("current.log");
         std::fs::write(&current, "t1 o one\nt2 e two\nt3 o half").unwrap();
-        let (lines, mut follower) = tail(fd, 1).unwrap();
+        let (lines, mut reader) = tail(fd, 1).unwrap();
         assert_eq!(lines, [Line { at: "t2".into(), stderr: true, text: "two".into() }]);
 
         let mut file = File::options().append(true).open(&current).unwrap();
         file.write_all(b" done\n").unwrap();
-        assert_eq!(follower.more().unwrap()[0].text, "half done");
+        assert_eq!(reader.more().unwrap()[0].text, "half done");
 
         std::fs::rename(&current, folder.path().join("previous.log")).unwrap();
         std::fs::write(&current, "t4 o new file\n").unwrap();
-        assert_eq!(follower.more().unwrap()[0].text, "new file");
-        assert!(follower.more().unwrap().is_empty());
+        assert_eq!(reader.more().unwrap()[0].text, "new file");
+        assert!(reader.more().unwrap().is_empty());
     }
 
     #[test]
     fn a_log_that_is_not_there_yet_is_empty() {
         let (folder, fd) = folder();
-        let (lines, mut follower) = tail(fd, 10).unwrap();
-        assert!(lines.is_empty() && follower.more().unwrap().is_empty());
+        let (lines, mut reader) = tail(fd, 10).unwrap();
+        assert!(lines.is_empty() && reader.more().unwrap().is_empty());
         std::fs::write(folder.path().join("current.log"), "t o \n").unwrap();
-        assert_eq!(follower.more().unwrap()[0].text, "");
+        assert_eq!(reader.more().unwrap()[0].text, "");
     }
 
     #[test]

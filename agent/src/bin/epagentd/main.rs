@@ -151,6 +151,7 @@ async fn assemble(config: Config) -> Result<Apps, StartError> {
         routing: routing.clone(),
         board: board.clone(),
         held: Held::default(),
+        begins: Arc::default(),
     };
     let apps = Apps::new(parts.clone());
 
@@ -183,9 +184,7 @@ async fn assemble(config: Config) -> Result<Apps, StartError> {
         loop {
             match events.recv().await {
                 Ok(Event::Exited { jail, .. }) => {
-                    // An id is its app's name, a hyphen and eight letters.
-                    if let Some((app, _)) = jail.as_str().rsplit_once('-')
-                        && let Ok(app) = app.parse()
+                    if let Some(app) = jail.app()
                         && matches!(woken.parts().store.app(&app).await, Ok(Some(_)))
                     {
                         woken.wake(&app);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use epagent_core::name::{AppName, JailId};
 use epagent_store::{Store, StoreError};
-use epagent_wire::table::{Match, Route, Table};
+use epagent_wire::table::{Route, Table};
 use tokio::sync::Notify;
 
 use crate::balancer::Balancer;
@@ -81,15 +81,6 @@ impl Routing {
             state.changes += 1;
         }
         self.0.changed.notify_one();
-    }
-
-    /// The app whose route has this match, other than `app`.
-    pub fn owner_besides(&self, app: &AppName, matches: &Match) -> Option<AppName> {
-        let state = self.state();
-        let mut others = state.routes.iter().filter(|(other, _)| *other != app);
-        others
-            .find(|(_, routes)| routes.iter().any(|route| route.matches == *matches))
-            .map(|(name, _)| name.clone())
     }
 
     pub fn version(&self) -> u64 {

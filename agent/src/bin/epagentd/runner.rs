@@ -29,6 +29,8 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 const CALLS_QUEUED_MAX: usize = 64;
 /// Events a slow listener may be behind; it then misses some and looks at the whole world.
 const EVENTS_QUEUED_MAX: usize = 1024;
+/// What a call adds to its request.
+const CALL_OVERHEAD_BYTES: usize = 64;
 /// The most descriptors beside one packet.
 const FDS_MAX: usize = 4;
 /// How long the runner may take to answer. Its slow operations run in children with deadlines below this.
@@ -57,6 +59,8 @@ pub enum CallError {
     TimedOut,
     #[error("{}", .0.message)]
     Refused(Refusal),
+    #[error("the request is larger than the {} KiB the runner takes", PACKET_BYTES_MAX >> 10)]
+    TooLarge,
     #[error("the runner answered with something else than was asked for")]
     Unexpected,
 }
@@ -95,6 +99,11 @@ impl Runner {
         if self.linked.borrow().is_none() {
             return Err(CallError::Away);
         }
+        // Checked here, so that only who asked is told.
+        let bytes = serde_json::to_vec(&request).map_or(usize::MAX, |packet| packet.len());
+        if bytes > PACKET_BYTES_MAX - CALL_OVERHEAD_BYTES || fds.len() > FDS_MAX {
+            return Err(CallError::TooLarge);
+        }
         let (sender, answer) = oneshot::channel();
         self.calls.send(Pending { request, fds, answer: sender }).await.map_err(|_| CallError::Away)?;
         match tokio::time::timeout(CALL_TIMEOUT, answer).await {
@@ -118,6 +127,13 @@ impl Runner {
 
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.events.subscribe()
+    }
+
+    /// Waits until the link is lost. What the runner had begun for somebody on it is then not heard of any more.
+    pub async fn lost(&self) {
+        let mut linked = self.linked.clone();
+        // An error means that the link's task is gone, and the link with it.
+        let _ = linked.wait_for(Option::is_none).await;
     }
 
     /// The runner's version while it is linked.
@@ -148,8 +164,10 @@ impl Link {
         let mut waiting: HashMap<u64, oneshot::Sender<Result<Answer, CallError>>> = HashMap::new();
         let (sender, mut hello) = oneshot::channel();
         waiting.insert(0, sender);
-        send(&socket, &Call { id: 0, request: Request::Hello { protocol: PROTOCOL } }, &[]).await?;
+        let call = Call { id: 0, request: Request::Hello { protocol: PROTOCOL } };
+        let mut outgoing = Some(Outgoing { packet: serde_json::to_vec(&call)?, fds: Vec::new() });
         loop {
+            // Receiving goes on while a packet waits for room: the runner may be waiting for us to take one of its.
             tokio::select! {
                 packet = receive(&socket) => {
                     let Some((message, fds)) = packet? else { return Ok(()) };
@@ -171,16 +189,27 @@ impl Link {
                         self.linked.send_replace(Some(version));
                     }
                 }
-                Some(pending) = self.calls.recv() => {
+                sent = send(&socket, outgoing.as_ref()), if outgoing.is_some() => {
+                    sent?;
+                    outgoing = None;
+                }
+                Some(pending) = self.calls.recv(), if outgoing.is_none() => {
                     // A caller that gave up leaves its entry; the reply removes it.
                     let id = self.next_id;
                     self.next_id += 1;
                     waiting.insert(id, pending.answer);
-                    send(&socket, &Call { id, request: pending.request }, &pending.fds).await?;
+                    let packet = serde_json::to_vec(&Call { id, request: pending.request })?;
+                    outgoing = Some(Outgoing { packet, fds: pending.fds });
                 }
             }
         }
     }
+}
+
+/// A packet on its way out.
+struct Outgoing {
+    packet: Vec<u8>,
+    fds: Vec<OwnedFd>,
 }
 
 fn connect(path: &Path) -> std::io::Result<UnixDatagram> {
@@ -192,11 +221,9 @@ fn connect(path: &Path) -> std::io::Result<UnixDatagram> {
     UnixDatagram::from_std(socket.into())
 }
 
-async fn send(socket: &UnixDatagram, call: &Call, fds: &[OwnedFd]) -> std::io::Result<()> {
-    let packet = serde_json::to_vec(call)?;
-    if packet.len() > PACKET_BYTES_MAX {
-        return Err(std::io::Error::other("the request is larger than a packet may be"));
-    }
+/// Sends the packet whole or, when it is dropped before that, not at all.
+async fn send(socket: &UnixDatagram, outgoing: Option<&Outgoing>) -> std::io::Result<()> {
+    let Some(Outgoing { packet, fds }) = outgoing else { return Ok(()) };
     let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     socket
         .async_io(tokio::io::Interest::WRITABLE, || {
@@ -205,8 +232,7 @@ async fn send(socket: &UnixDatagram, call: &Call, fds: &[OwnedFd]) -> std::io::R
             if !borrowed.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
                 return Err(std::io::Error::other("too many descriptors for one request"));
             }
-            let flags = SendFlags::NOSIGNAL;
-            rustix::net::sendmsg(socket, &[IoSlice::new(&packet)], &mut control, flags)?;
+            rustix::net::sendmsg(socket, &[IoSlice::new(packet)], &mut control, SendFlags::NOSIGNAL)?;
             Ok(())
         })
         .await

@@ -51,6 +51,11 @@ pub fn keep_backtraces() {
     }));
 }
 
+/// The backtrace of the panic that was last caught, once.
+pub fn last_panic() -> Option<String> {
+    LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
 /// Runs `body` for ever: when it fails or panics, the failure is recorded and it is run again.
 pub async fn keep_running<F, E>(name: &str, store: Store, board: Board, mut body: impl FnMut() -> F)
 where
@@ -71,10 +76,7 @@ where
             Ok(Ok(())) => ("ended without being asked to".to_owned(), None),
             Ok(Err(message)) => (message, None),
             Err(error) if error.is_cancelled() => return,
-            Err(_) => {
-                let panic = LAST_PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
-                ("panicked".to_owned(), panic)
-            }
+            Err(_) => ("panicked".to_owned(), last_panic()),
         };
         tracing::error!(name, message, "a loop failed and is started again");
         board.set(name, message.clone());

@@ -25,11 +25,11 @@ pub fn routes(app: &AppName, view: &View, addresses: &HashMap<JailId, String>) -
     let Some(serving) = &view.serving else { return Vec::new() };
     let replaced = view.replaced();
     let mut routes = Vec::new();
-    for route in &serving.spec.routes {
+    for (number, route) in serving.spec.routes.iter().enumerate() {
         let Some(spec) = serving.spec.processes.get(&route.process) else { continue };
-        let (text, matches) = match &route.matches {
-            RouteMatch::Host(host) => (host.clone(), Match::Host(host.clone())),
-            RouteMatch::Port(port) => (port.to_string(), Match::Port(*port)),
+        let matches = match &route.matches {
+            RouteMatch::Host(host) => Match::Host(host.clone()),
+            RouteMatch::Port(port) => Match::Port(*port),
         };
         let hold = match (view.wanted, replaced.contains(&route.process)) {
             (false, _) => Hold { max_requests: 0, max_age_ms: 0 },
@@ -37,7 +37,8 @@ pub fn routes(app: &AppName, view: &View, addresses: &HashMap<JailId, String>) -
             (true, true) => Hold { max_requests: HELD_MAX, max_age_ms: replace_ms(spec) },
         };
         routes.push(Route {
-            id: format!("{app}/{}/{text}", route.process),
+            // Not what it matches: a host name alone may be longer than the balancer lets an id be.
+            id: format!("{app}/{}/{number}", route.process),
             matches,
             action: Action::Proxy { upstreams: upstreams(view, &route.process, addresses) },
             hold,
@@ -122,6 +123,7 @@ mod tests {
             state,
             health,
             started_at_ms: 0,
+            unhealthy_since_ms: None,
             last_error: None,
         }
     }

@@ -9,6 +9,7 @@ use epagent_core::name::DeployId;
 use tokio::fs::File;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 
+use crate::clock;
 use crate::config::Config;
 
 pub fn folder(config: &Config) -> PathBuf {
@@ -52,8 +53,8 @@ pub struct Incoming {
 impl Incoming {
     pub async fn begin(config: &Config, deploy: DeployId) -> std::io::Result<Self> {
         let whole = path(config, deploy);
-        let partial = whole.with_extension("part");
-        // A second upload of one deploy takes the place of the first.
+        // Two uploads of one deploy do not write to one file; the first that is whole is taken.
+        let partial = whole.with_extension(format!("{:x}.part", clock::random_u64()));
         let file = File::create(&partial).await?;
         Ok(Self { file, partial, whole })
     }

@@ -12,10 +12,10 @@ use epagent::manifest::{self, Overrides};
 use epagent_core::name::{AppName, DeployId, ImageName, JailId};
 use epagent_core::phase::Phase;
 use epagent_core::spec::{AppSpec, RouteMatch};
-use epagent_store::{Deploy, DeployKind, DeployStep, NewDeploy, StoreError, Target, Wanted};
+use epagent_core::verdict::{Cause, Findings};
+use epagent_store::{Deploy, DeployKind, DeployStep, NewDeploy, StoreError, Target};
 use epagent_wire::api::{self, DeployUpdate, Manifest};
 use epagent_wire::runner::Request;
-use epagent_wire::table::Match;
 use futures_util::StreamExt;
 use serde::Deserialize;
 use tokio::io::AsyncWriteExt;
@@ -26,7 +26,7 @@ use super::lines;
 use crate::apps::{Apps, Parts, Progress, missing_secrets};
 use crate::clock;
 use crate::logs::{self, Follower};
-use crate::uploads::Incoming;
+use crate::uploads::{self, Incoming};
 
 /// How often a watched deploy is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
@@ -55,31 +55,94 @@ pub async fn begin(
     Ok((StatusCode::ACCEPTED, Json(shown(parts, deploy).await?)))
 }
 
-/// Begins a deploy of an app that is wanted to run from now on, and wakes the app's loop.
+/// Begins a deploy and wakes the app's loop. One that only waits for its archive makes room for it.
 pub async fn begin_deploy(apps: &Apps, new: NewDeploy) -> Result<Deploy> {
-    let store = &apps.parts().store;
+    let parts = apps.parts();
+    let store = &parts.store;
     let app = new.app.clone();
-    let deploy = store.deploy_begin(new, clock::now_ms()).await.map_err(of_begin)?;
-    store.app_want(&app, Wanted::Running, clock::now_ms()).await?;
+    // One at a time: whose a route is must not change between the look and the deploy.
+    let _turn = parts.begins.lock().await;
+    check_routes(parts, &app, &new.target).await?;
+    if let Some(waiting) = store.deploy_under_way(&app).await?
+        && waiting.phase == Phase::Received
+        && waiting.kind == DeployKind::Deploy
+        && !progress(&waiting)?.uploaded
+    {
+        cancel_deploy(apps, &waiting, "a newer deploy took its place").await?;
+    }
+    let deploy = store.deploy_begin(new, clock::now_ms()).await?;
     apps.wake(&app);
     Ok(deploy)
 }
 
-fn of_begin(error: StoreError) -> Failure {
-    let message = error.to_string();
-    match error {
-        StoreError::DeployUnderWay { deploy, .. } => {
-            let hint =
-                format!("watch it with `epagent deploy --watch {}`, or wait until it is over", deploy.0);
-            Failure::conflict("deploy_under_way", message, hint)
+/// No two apps may ask for one host or port: not what serves, and not what is on its way.
+async fn check_routes(parts: &Parts, app: &AppName, target: &Target) -> Result<()> {
+    let wanted = match target {
+        Target::Build(spec) => spec.routes.clone(),
+        Target::Release(number) => {
+            let release = parts.store.release(app, *number).await?;
+            release.map(|release| release.spec.routes).unwrap_or_default()
         }
-        StoreError::NoApp(app) => Failure::no_app(app.as_str()),
-        StoreError::AppRemoved(_) => Failure::conflict("app_removed", message, "wait until it is gone"),
-        StoreError::NothingServes(_) | StoreError::NoRelease { .. } => {
-            Failure::conflict("no_release", message, "`epagent releases APP` lists what can be deployed")
+        // The routes of what serves already.
+        Target::Reconfigure { .. } => return Ok(()),
+    };
+    for other in parts.store.apps().await?.into_iter().filter(|other| other.app != *app) {
+        let serving = parts.store.release_serving(&other.app).await?;
+        let coming = match parts.store.deploy_under_way(&other.app).await? {
+            Some(deploy) => parts.store.release(&other.app, deploy.release).await?,
+            None => None,
+        };
+        let theirs = serving.iter().chain(&coming).flat_map(|release| &release.spec.routes);
+        let taken = theirs
+            .map(|route| &route.matches)
+            .find(|theirs| wanted.iter().any(|route| route.matches == **theirs));
+        if let Some(matches) = taken {
+            let what = match matches {
+                RouteMatch::Host(host) => format!("the host {host}"),
+                RouteMatch::Port(port) => format!("the port {port}"),
+            };
+            let message = format!("{what} belongs to the app {}", other.app);
+            let hint = "choose another, or deploy that app without it first";
+            return Err(Failure::conflict("route_taken", message, hint));
         }
-        error => error.into(),
     }
+    Ok(())
+}
+
+pub async fn cancel(State(apps): State<Apps>, Path(id): Path<i64>) -> Result<Json<api::Deploy>> {
+    let parts = apps.parts();
+    let deploy = find(parts, id).await?;
+    if deploy.phase.is_over() || deploy.phase.has_switched() {
+        let message =
+            format!("{} of {} is {}, and can't be canceled any more", deploy.id, deploy.app, deploy.phase);
+        return Err(Failure::conflict(
+            "too_late",
+            message,
+            "to return to the release before: `epagent rollback`",
+        ));
+    }
+    cancel_deploy(&apps, &deploy, "the operator canceled it").await?;
+    Ok(Json(shown(parts, find(parts, id).await?).await?))
+}
+
+/// Ends a deploy that has not switched; what it had made is swept by the app's loop.
+async fn cancel_deploy(apps: &Apps, deploy: &Deploy, why: &str) -> Result<()> {
+    let parts = apps.parts();
+    let cause = Cause::Canceled { why: why.to_owned() };
+    let verdict = cause.verdict(deploy.phase, Findings::default());
+    let failed = parts.store.deploy_fail(deploy.id, deploy.phase, &verdict, clock::now_ms()).await;
+    if let Err(StoreError::WrongPhase { .. }) = failed {
+        let message = format!("{} of {} went on meanwhile", deploy.id, deploy.app);
+        return Err(Failure::conflict("try_again", message, "try again"));
+    }
+    failed?;
+    uploads::remove(&parts.config, deploy.id);
+    apps.wake(&deploy.app);
+    Ok(())
+}
+
+fn progress(deploy: &Deploy) -> Result<Progress> {
+    Progress::of(deploy).map_err(|error| Failure::bad_request(error.to_string()))
 }
 
 fn parse(parts: &Parts, new: &api::NewDeploy) -> Result<AppSpec> {
@@ -119,20 +182,6 @@ async fn check(parts: &Parts, spec: &AppSpec) -> Result<()> {
             hint,
         ));
     }
-    for route in &spec.routes {
-        let matches = match &route.matches {
-            RouteMatch::Host(host) => Match::Host(host.clone()),
-            RouteMatch::Port(port) => Match::Port(*port),
-        };
-        if let Some(owner) = parts.routing.owner_besides(&spec.app, &matches) {
-            let what = match matches {
-                Match::Host(host) => format!("the host {host}"),
-                Match::Port(port) => format!("the port {port}"),
-            };
-            let hint = "choose another, or remove that app's route first";
-            return Err(Failure::conflict("route_taken", format!("{what} belongs to the app {owner}"), hint));
-        }
-    }
     let world = parts.worlds.fresh().await.ok_or(crate::runner::CallError::Away)?;
     if spec.image.as_str() != "host" && !world.images.iter().any(|image| image.name == spec.image) {
         let have: Vec<&str> = world.images.iter().map(|image| image.name.as_str()).collect();
@@ -152,28 +201,41 @@ async fn check(parts: &Parts, spec: &AppSpec) -> Result<()> {
 pub async fn archive(State(apps): State<Apps>, Path(id): Path<i64>, body: Body) -> Result<Json<api::Deploy>> {
     let parts = apps.parts();
     let deploy = find(parts, id).await?;
-    let mut progress = Progress::of(&deploy).map_err(|error| Failure::bad_request(error.to_string()))?;
-    if deploy.phase != Phase::Received || deploy.kind != DeployKind::Deploy || progress.uploaded {
+    if !waits_for_archive(&deploy)? {
         // Sent again after the answer to the first was lost.
         return Ok(Json(shown(parts, deploy).await?));
     }
-    receive(parts, deploy.id, body).await?;
-    progress.uploaded = true;
+    let incoming = receive(parts, deploy.id, body).await?;
+    // It may have been canceled meanwhile, or the same archive may have come another way.
+    let deploy = find(parts, id).await?;
+    if !waits_for_archive(&deploy)? {
+        incoming.abandon().await;
+        return Ok(Json(shown(parts, deploy).await?));
+    }
+    incoming.finish().await.map_err(|error| upload_failed(deploy.id, &error))?;
+    let progress = Progress { uploaded: true, ..Progress::default() };
     let value = serde_json::to_value(&progress).map_err(|error| Failure::bad_request(error.to_string()))?;
     parts.store.deploy_progress(deploy.id, &value).await?;
     apps.wake(&deploy.app);
     Ok(Json(shown(parts, deploy).await?))
 }
 
-async fn receive(parts: &Parts, id: DeployId, body: Body) -> Result<()> {
-    let failed = |error: std::io::Error| {
-        let (status, code) = match error.kind() {
-            std::io::ErrorKind::StorageFull => (StatusCode::INSUFFICIENT_STORAGE, "no_space"),
-            _ => (StatusCode::INTERNAL_SERVER_ERROR, "upload_failed"),
-        };
-        let message = format!("storing the archive of {id}: {error}");
-        Failure::new(status, code, message, "see that the agent's disk has room, and deploy again")
+fn waits_for_archive(deploy: &Deploy) -> Result<bool> {
+    Ok(deploy.phase == Phase::Received && deploy.kind == DeployKind::Deploy && !progress(deploy)?.uploaded)
+}
+
+fn upload_failed(id: DeployId, error: &std::io::Error) -> Failure {
+    let (status, code) = match error.kind() {
+        std::io::ErrorKind::StorageFull => (StatusCode::INSUFFICIENT_STORAGE, "no_space"),
+        _ => (StatusCode::INTERNAL_SERVER_ERROR, "upload_failed"),
     };
+    let message = format!("storing the archive of {id}: {error}");
+    Failure::new(status, code, message, "see that the agent's disk has room, and deploy again")
+}
+
+/// Takes the whole archive; the caller puts it in its place.
+async fn receive(parts: &Parts, id: DeployId, body: Body) -> Result<Incoming> {
+    let failed = |error: std::io::Error| upload_failed(id, &error);
     let limit = parts.config.limits.archive_bytes;
     let mut incoming = Incoming::begin(&parts.config, id).await.map_err(failed)?;
     let mut stream = body.into_data_stream();
@@ -201,7 +263,7 @@ async fn receive(parts: &Parts, id: DeployId, body: Body) -> Result<()> {
         }
     };
     match outcome {
-        Ok(()) => incoming.finish().await.map_err(failed),
+        Ok(()) => Ok(incoming),
         Err(failure) => {
             incoming.abandon().await;
             Err(failure)
@@ -296,7 +358,10 @@ impl Watcher {
     async fn run(mut self, id: DeployId) {
         loop {
             match self.look(id).await {
-                Ok(false) => tokio::time::sleep(WATCH_INTERVAL).await,
+                Ok(false) => tokio::select! {
+                    () = tokio::time::sleep(WATCH_INTERVAL) => {}
+                    () = self.updates.closed() => return,
+                },
                 Ok(true) | Err(Gone) => return,
             }
         }
@@ -322,17 +387,13 @@ impl Watcher {
     }
 
     async fn pass_output(&mut self, deploy: &Deploy) -> std::result::Result<(), Gone> {
-        for jail in Progress::of(deploy).map_err(|_| Gone)?.logs {
+        // The first job unpacks the archive: what it says matters when it fails, and then it is in the verdict.
+        for jail in Progress::of(deploy).map_err(|_| Gone)?.logs.into_iter().skip(1) {
             if !self.followed.contains(&jail) {
                 // The one before has ended: what it printed last is passed on before it is let go.
                 self.pass_more().await?;
-                let Ok(answer) =
-                    self.parts.runner.call_with(Request::LogOpen { jail: jail.clone() }, Vec::new()).await
-                else {
-                    continue;
-                };
-                let Some(folder) = answer.fds.into_iter().next() else { continue };
-                let Ok((lines, follower)) = logs::tail(folder, OUTPUT_LINES_MAX) else { continue };
+                let opened = logs::open(&self.parts.runner, &jail, OUTPUT_LINES_MAX).await;
+                let Ok((lines, follower)) = opened else { continue };
                 self.followed.insert(jail);
                 self.follower = Some(follower);
                 self.pass(lines).await?;
@@ -343,7 +404,7 @@ impl Watcher {
 
     async fn pass_more(&mut self) -> std::result::Result<(), Gone> {
         if let Some(follower) = &mut self.follower {
-            let lines = follower.more().unwrap_or_default();
+            let lines = follower.more().await;
             self.pass(lines).await?;
         }
         Ok(())

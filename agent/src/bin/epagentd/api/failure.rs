@@ -52,8 +52,25 @@ impl IntoResponse for Failure {
 
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
-        if matches!(error, StoreError::TooMuch { .. } | StoreError::NulByte { .. }) {
-            return Self::bad_request(error.to_string());
+        let message = error.to_string();
+        match &error {
+            StoreError::TooMuch { .. } | StoreError::NulByte { .. } => return Self::bad_request(message),
+            StoreError::NoApp(app) => return Self::no_app(app.as_str()),
+            StoreError::AppRemoved(_) => {
+                return Self::conflict("app_removed", message, "wait until it is gone");
+            }
+            StoreError::DeployUnderWay { deploy, .. } => {
+                let hint = format!(
+                    "watch it with `epagent deploy --watch {0}`, or end it with `epagent deploy --cancel {0}`",
+                    deploy.0
+                );
+                return Self::conflict("deploy_under_way", message, hint);
+            }
+            StoreError::NothingServes(_) | StoreError::NoRelease { .. } => {
+                let hint = "`epagent releases APP` lists what can be deployed";
+                return Self::conflict("no_release", message, hint);
+            }
+            _ => {}
         }
         let hint = "see `epagent errors` and the agent's log";
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "store_failed", chain(&error), hint)
@@ -85,6 +102,7 @@ impl From<CallError> for Failure {
                 };
                 Self::new(status, "refused", message, hint)
             }
+            CallError::TooLarge => Self::bad_request(message),
             CallError::Away | CallError::TimedOut => Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "runner_away",

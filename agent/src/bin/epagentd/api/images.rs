@@ -116,12 +116,10 @@ async fn job_failed(parts: &Parts, jail: &JailId, image: &ImageName, how: &str) 
 }
 
 async fn last_lines(parts: &Parts, jail: &JailId) -> Vec<String> {
-    let answer = parts.runner.call_with(Request::LogOpen { jail: jail.clone() }, Vec::new()).await;
-    let Some(folder) = answer.ok().and_then(|answer| answer.fds.into_iter().next()) else {
-        return Vec::new();
-    };
-    let lines = logs::tail(folder, ERROR_LINES_MAX).map(|(lines, _)| lines).unwrap_or_default();
-    lines.into_iter().map(|line| line.text).collect()
+    match logs::open(&parts.runner, jail, ERROR_LINES_MAX).await {
+        Ok((lines, _)) => lines.into_iter().map(|line| line.text).collect(),
+        Err(_) => Vec::new(),
+    }
 }
 
 pub async fn bootstrap(
@@ -159,16 +157,12 @@ async fn watch_job(
         let mut lines = Vec::new();
         match &mut follower {
             None => {
-                let answer =
-                    parts.runner.call_with(Request::LogOpen { jail: jail.clone() }, Vec::new()).await;
-                if let Some(folder) = answer.ok().and_then(|answer| answer.fds.into_iter().next())
-                    && let Ok((first, found)) = logs::tail(folder, usize::MAX)
-                {
+                if let Ok((first, found)) = logs::open(&parts.runner, &jail, usize::MAX).await {
                     lines = first;
                     follower = Some(found);
                 }
             }
-            Some(follower) => lines = follower.more().unwrap_or_default(),
+            Some(follower) => lines = follower.more().await,
         }
         for line in lines {
             // A watcher that has gone is no reason to stop.

@@ -1,6 +1,6 @@
 //! Instances as `epagent ps` shows them, and their logs.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use axum::Json;
@@ -10,7 +10,6 @@ use epagent_core::health::Health;
 use epagent_core::name::{AppName, DeployId, JailId};
 use epagent_store::Instance as Row;
 use epagent_wire::api::{self, LogLine};
-use epagent_wire::runner::Request;
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
@@ -147,21 +146,30 @@ async fn follow(
     mut sources: Vec<Source>,
     sender: mpsc::Sender<LogLine>,
 ) {
+    // Logs that can't be opened, which are not asked for again and again.
+    let mut gone = HashSet::new();
     while !sender.is_closed() {
         let mut new = Vec::new();
         for source in &mut sources {
-            let lines = source.follower.more().unwrap_or_default();
+            let lines = source.follower.more().await;
             new.extend(
                 lines.into_iter().map(|line| shown(&source.process, source.index, &source.instance, line)),
             );
         }
         if let Ok(wanted) = subjects(&parts, &app, &query).await {
+            // Instances that are forgotten were read to their end just now.
+            sources.retain(|source| wanted.iter().any(|(_, _, jail)| *jail == source.instance));
+            gone.retain(|gone| wanted.iter().any(|(_, _, jail)| jail == gone));
             for (process, index, jail) in wanted {
-                if !sources.iter().any(|source| source.instance == jail)
-                    && let Some((lines, source)) = open(&parts, process, index, jail, LINES_MAX).await
-                {
-                    new.extend(lines);
-                    sources.push(source);
+                if gone.contains(&jail) || sources.iter().any(|source| source.instance == jail) {
+                    continue;
+                }
+                match open(&parts, process, index, jail.clone(), LINES_MAX).await {
+                    Some((lines, source)) => {
+                        new.extend(lines);
+                        sources.push(source);
+                    }
+                    None => drop(gone.insert(jail)),
                 }
             }
         }
@@ -204,8 +212,7 @@ async fn open(
     jail: JailId,
     count: usize,
 ) -> Option<(Vec<LogLine>, Source)> {
-    let answer = parts.runner.call_with(Request::LogOpen { jail: jail.clone() }, Vec::new()).await.ok()?;
-    let (lines, follower) = logs::tail(answer.fds.into_iter().next()?, count).ok()?;
+    let (lines, follower) = logs::open(&parts.runner, &jail, count).await.ok()?;
     let lines = lines.into_iter().map(|line| shown(&process, index, &jail, line)).collect();
     Some((lines, Source { process, index, instance: jail, follower }))
 }

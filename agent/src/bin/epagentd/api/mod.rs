@@ -19,7 +19,7 @@ use axum::Router;
 use axum::extract::{ConnectInfo, Request, State, connect_info::Connected};
 use axum::http::{Method, StatusCode};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::serve::IncomingStream;
 use nix::unistd::{Gid, Group, Uid, User};
@@ -77,7 +77,9 @@ impl Connected<IncomingStream<'_, Listener>> for Peer {
 
 pub async fn serve(listener: Listener, apps: Apps, access: Access) -> std::io::Result<()> {
     let state = Gate { access, admin_gid: apps.parts().config.admin_gid };
-    let router = router(apps).layer(middleware::from_fn_with_state(state, guard));
+    let router = router(apps)
+        .layer(middleware::map_response(as_failure))
+        .layer(middleware::from_fn_with_state(state, guard));
     axum::serve(listener, router.into_make_service_with_connect_info::<Peer>()).await
 }
 
@@ -109,6 +111,22 @@ async fn guard(
         format!("{who} may not {} {} here", request.method(), request.uri().path()),
         "use admin.sock, as root or as a member of its group",
     ))
+}
+
+/// What the framework refuses by itself (a body that is not JSON, a query that does not parse) in the form of every
+/// other failure. Its own words are left out: they repeat the body, which may be a secret.
+async fn as_failure(response: Response) -> Response {
+    let status = response.status();
+    let is_json = response.headers().get("content-type").is_some_and(|kind| kind == "application/json");
+    if !status.is_client_error() || is_json {
+        return response;
+    }
+    let message = match status {
+        StatusCode::PAYLOAD_TOO_LARGE => "the request's body is too large",
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => "the request's body must be of the type application/json",
+        _ => "the request's path, query or body is not what this request takes",
+    };
+    Failure::new(status, "bad_request", message, "see the API's documentation").into_response()
 }
 
 fn may_administer(uid: u32, gid: u32, admin_gid: u32) -> bool {
@@ -144,13 +162,22 @@ fn router(apps: Apps) -> Router {
         .route("/v1/instances", get(instances::list))
         .route("/v1/volumes", get(images::volumes))
         .route("/v1/deploys", get(deploys::list).post(deploys::begin))
-        .route("/v1/deploys/{deploy}", get(deploys::show))
+        .route("/v1/deploys/{deploy}", get(deploys::show).delete(deploys::cancel))
         .route("/v1/deploys/{deploy}/archive", put(deploys::archive))
         .route("/v1/deploys/{deploy}/watch", get(deploys::watch))
         .route("/v1/images", get(images::list))
         .route("/v1/images/{image}", delete(images::remove))
         .route("/v1/images/{image}/import", post(images::import))
         .route("/v1/images/{image}/bootstrap", post(images::bootstrap))
+        .method_not_allowed_fallback(async || {
+            let message = "this method is not for this request";
+            Failure::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "bad_request",
+                message,
+                "see the API's documentation",
+            )
+        })
         .fallback(async || Failure::not_found("there is no such request", "see the API's documentation"))
         .with_state(apps)
 }

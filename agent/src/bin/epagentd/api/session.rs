@@ -107,16 +107,23 @@ impl Session {
         let input = copy_in(from_client, stdin, runner.clone(), jail.clone(), exec);
         let ended = tokio::select! {
             ended = wait_for_exit(&mut events, &jail, exec) => ended,
+            // A runner that ends takes its commands with it and tells nobody.
+            () = runner.lost() => None,
             () = input => {
                 // The client has gone: what it started goes too.
                 let _ = runner.call(Request::ExecKill { jail, exec }).await;
                 writing.abort();
+                outputs.iter().for_each(|output| output.abort());
                 return;
             }
         };
         for output in &mut outputs {
-            if tokio::time::timeout(OUTPUT_AFTER_EXIT, &mut *output).await.is_err() {
-                output.abort();
+            // Not while the client is what is slow: then the queue is full.
+            while tokio::time::timeout(OUTPUT_AFTER_EXIT, &mut *output).await.is_err() {
+                if frames.capacity() > 0 || frames.is_closed() {
+                    output.abort();
+                    break;
+                }
             }
         }
         let exit = match ended {
@@ -155,7 +162,7 @@ fn terminal_ends(master: OwnedFd) -> std::io::Result<Ends> {
     })
 }
 
-/// None when the runner was lost meanwhile.
+/// None when so much happened meanwhile that its end may have been missed.
 async fn wait_for_exit(events: &mut broadcast::Receiver<Event>, jail: &JailId, number: u32) -> Option<Exit> {
     loop {
         match events.recv().await {

@@ -69,6 +69,8 @@ pub struct EventQuery {
 pub async fn events(State(apps): State<Apps>, Query(query): Query<EventQuery>) -> Result<Response> {
     let parts = apps.parts().clone();
     let app = query.app.as_deref().map(str::parse::<AppName>).transpose()?;
+    // Before the first look, so that nothing falls in between.
+    let mut signal = parts.store.event_signal();
     let first = match query.after {
         Some(after) => parts.store.events_after(after, app.as_ref(), EVENTS_DEFAULT).await?,
         None => parts.store.events_newest(app.as_ref(), EVENTS_DEFAULT).await?,
@@ -79,19 +81,21 @@ pub async fn events(State(apps): State<Apps>, Query(query): Query<EventQuery>) -
     }
     let (sender, receiver) = mpsc::channel(EVENTS_QUEUED_MAX);
     tokio::spawn(async move {
-        let mut signal = parts.store.event_signal();
         let mut last = query.after.unwrap_or(0);
         let mut next = first;
         loop {
+            let full = next.len() == EVENTS_DEFAULT as usize;
             for new in next {
                 last = last.max(new.id);
                 if sender.send(event(new)).await.is_err() {
                     return;
                 }
             }
-            tokio::select! {
+            if !full {
+                tokio::select! {
                 changed = signal.changed() => if changed.is_err() { return },
                 () = sender.closed() => return,
+                }
             }
             match parts.store.events_after(last, app.as_ref(), EVENTS_DEFAULT).await {
                 Ok(events) => next = events,

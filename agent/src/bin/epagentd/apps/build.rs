@@ -65,7 +65,6 @@ enum Job {
 impl AppLoop {
     /// Does the next thing of a deploy that has no instances yet; true when the round is to begin anew.
     pub(super) async fn build(&mut self, seen: &mut Seen, world: &World) -> Result<bool, RoundError> {
-        self.start_again(seen).await?;
         let Some(deploy) = seen.deploy.clone() else { return Ok(false) };
         let mut progress = Progress::of(&deploy)?;
         let outcome = match deploy.phase {
@@ -100,7 +99,8 @@ impl AppLoop {
                 .deploy_advance(deploy.id, Phase::Received, Phase::Building, note, now_ms)
                 .await?;
         } else if now_ms.saturating_sub(deploy.created_at_ms) > UPLOAD_MS_MAX {
-            self.give_up(deploy, Cause::Canceled, None).await?;
+            let why = format!("its archive did not come within {} minutes", UPLOAD_MS_MAX / 60_000);
+            self.give_up(deploy, Cause::Canceled { why }, None).await?;
         } else {
             return Ok(false);
         }
@@ -127,14 +127,10 @@ impl AppLoop {
             return Ok(true);
         }
         let command = progress.step.checked_sub(1).map(|step| commands[step].clone());
-        let purpose = match &command {
-            None => Purpose::BuildUnpack,
-            Some(command) => Purpose::BuildRun { command: command.clone() },
-        };
         let is_ours = |jail: &&Jail| {
             jail.app.as_ref() == Some(&self.app)
                 && jail.release == Some(release.number)
-                && jail.purpose == purpose
+                && is_for(&jail.purpose, command.as_deref())
                 && !progress.logs.contains(&jail.id)
         };
         if progress.job.is_none() {
@@ -152,7 +148,8 @@ impl AppLoop {
                 // A job that was recorded is known to the runner until we forget it; this one was lost with its
                 // tables.
                 let exit = Exit { monitor_lost: true, ..Exit::default() };
-                self.give_up(deploy, Cause::Unpack { exit }, None).await?;
+                let command = command.unwrap_or_else(|| "unpack the archive".to_owned());
+                self.give_up(deploy, Cause::BuildCommand { command, exit }, None).await?;
                 Ok(true)
             }
             Some(Job::Runs) => Ok(false),
@@ -285,6 +282,18 @@ impl AppLoop {
     pub(super) async fn call(&self, attempted: &str, request: Request) -> Result<Reply, RoundError> {
         let failed = |source| RoundError::Runner { attempted: attempted.to_owned(), source };
         self.parts.runner.call(request).await.map_err(failed)
+    }
+}
+
+/// Whether a job is the one for this command, or for the archive when there is none. The runner shows the beginning of
+/// a long command.
+fn is_for(purpose: &Purpose, command: Option<&str>) -> bool {
+    match (purpose, command) {
+        (Purpose::BuildUnpack, None) => true,
+        (Purpose::BuildRun { command: shown }, Some(command)) => {
+            !shown.is_empty() && command.starts_with(shown.as_str())
+        }
+        _ => false,
     }
 }
 

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use epagent_core::app::{Candidate, Crash, Generation, Instance, InstanceState, View};
 use epagent_core::exit::Exit;
 use epagent_core::health::Health;
-use epagent_core::name::JailId;
+use epagent_core::name::{JailId, ProcessName};
 use epagent_core::phase::Phase;
-use epagent_store::{App, Deploy, Instance as Row, Release, Wanted};
+use epagent_core::spec::{AppSpec, RouteMatch};
+use epagent_store::{App, Deploy, Instance as Row, Wanted};
 use epagent_wire::runner::{Jail, JailState, World};
 
 use super::{AppLoop, RoundError};
@@ -32,8 +33,6 @@ pub struct Seen {
     pub addresses: HashMap<JailId, String>,
     /// The deploy under way, in whatever phase.
     pub deploy: Option<Deploy>,
-    /// The releases of the generations in the view.
-    pub releases: Vec<Release>,
     /// Rows that are recorded as starting and that the runner does not know: their start was cut.
     pub unstarted: Vec<JailId>,
 }
@@ -43,17 +42,16 @@ impl AppLoop {
         let store = &self.parts.store;
         let deploy = store.deploy_under_way(&self.app).await?;
         let served = store.deploy_serving(&self.app).await?;
-        let mut releases = Vec::new();
         let candidate = match &deploy {
             Some(deploy) if has_instances(deploy.phase) && app.wanted != Wanted::Removed => {
-                let generation = self.generation(deploy, &mut releases).await?;
+                let generation = self.generation(deploy).await?;
                 generation.map(|generation| Candidate { generation, phase: deploy.phase })
             }
             _ => None,
         };
         let serving = match (&candidate, &served) {
             (Some(candidate), _) if candidate.phase.has_switched() => Some(candidate.generation.clone()),
-            (_, Some(served)) => self.generation(served, &mut releases).await?,
+            (_, Some(served)) => self.generation(served).await?,
             _ => None,
         };
         let mut seen = Seen {
@@ -69,7 +67,6 @@ impl AppLoop {
             rows: HashMap::new(),
             addresses: HashMap::new(),
             deploy,
-            releases,
             unstarted: Vec::new(),
         };
         for row in self.parts.store.instances_live(Some(&self.app)).await? {
@@ -77,20 +74,17 @@ impl AppLoop {
         }
         seen.view.crashes.clone_from(&self.crashes);
         self.draining.retain(|id, _| seen.rows.contains_key(id));
+        self.stops_sent.retain(|id| seen.rows.contains_key(id));
+        self.unhealthy.retain(|id, _| seen.rows.contains_key(id));
         Ok(seen)
     }
 
-    async fn generation(
-        &self,
-        deploy: &Deploy,
-        releases: &mut Vec<Release>,
-    ) -> Result<Option<Generation>, RoundError> {
-        let Some(release) = self.parts.store.release(&self.app, deploy.release).await? else {
-            return Ok(None);
-        };
-        let spec = Arc::new(release.spec.clone());
-        releases.push(release);
-        Ok(Some(Generation { deploy: deploy.id, release: deploy.release, spec }))
+    async fn generation(&self, deploy: &Deploy) -> Result<Option<Generation>, RoundError> {
+        let release = self.parts.store.release(&self.app, deploy.release).await?;
+        Ok(release.map(|release| {
+            let spec = Arc::new(release.spec);
+            Generation { deploy: deploy.id, release: deploy.release, spec }
+        }))
     }
 
     async fn see_instance(&mut self, row: Row, world: &World, seen: &mut Seen) -> Result<(), RoundError> {
@@ -116,11 +110,14 @@ impl AppLoop {
             None => InstanceState::Exited(Exit { at_ms: clock::now_ms(), ..Exit::default() }),
             Some(JailState::Starting | JailState::Running) => match row.state.as_str() {
                 state::DRAINING => {
-                    let since_ms = *self.draining.entry(row.jail.clone()).or_insert_with(clock::now_ms);
+                    let since_ms = self.draining.get(&row.jail).copied().unwrap_or_else(clock::now_ms);
                     InstanceState::Draining { since_ms, in_flight: None }
                 }
-                state::STOPPING => InstanceState::Stopping,
-                _ if matches!(jail, Some(Jail { state: JailState::Starting, .. })) => InstanceState::Starting,
+                state::STOPPING => InstanceState::Stopping { sent: self.stops_sent.contains(&row.jail) },
+                // A runner that has just found its jails again may call one starting that we know to run.
+                state::STARTING if matches!(jail, Some(Jail { state: JailState::Starting, .. })) => {
+                    InstanceState::Starting
+                }
                 _ => InstanceState::Running,
             },
         };
@@ -130,7 +127,13 @@ impl AppLoop {
                 seen.addresses.insert(row.jail.clone(), address.clone());
             }
         }
-        let started_at_ms = row.started_at_ms.unwrap_or(row.created_at_ms);
+        let started_at_ms = row.started_at_ms.unwrap_or(row.created_at_ms).max(self.begun_at_ms);
+        let unhealthy_since_ms = if health == Health::Unhealthy {
+            Some(*self.unhealthy.entry(row.jail.clone()).or_insert_with(clock::now_ms))
+        } else {
+            self.unhealthy.remove(&row.jail);
+            None
+        };
         seen.view.instances.push(Instance {
             id: row.jail.clone(),
             deploy: row.deploy,
@@ -139,6 +142,7 @@ impl AppLoop {
             state,
             health,
             started_at_ms,
+            unhealthy_since_ms,
             last_error: finding.and_then(|finding| finding.last_error),
         });
         seen.rows.insert(row.jail.clone(), row);
@@ -172,10 +176,14 @@ impl AppLoop {
 
     /// Asks the balancer what draining instances still have. To be called when the balancer is known to have the
     /// table that drains them: what an older table says may still grow.
-    pub(super) async fn see_in_flight(&self, seen: &mut Seen) {
+    pub(super) async fn see_in_flight(&mut self, seen: &mut Seen) {
         let drains = |instance: &Instance| matches!(instance.state, InstanceState::Draining { .. });
         if !seen.view.instances.iter().any(drains) {
             return;
+        }
+        // From here on the balancer is known to send nothing new: the time a drain may take begins.
+        for instance in seen.view.instances.iter().filter(|instance| drains(instance)) {
+            self.draining.entry(instance.id.clone()).or_insert_with(clock::now_ms);
         }
         let Some(counts) = self.parts.routing.in_flight().await else { return };
         for instance in &mut seen.view.instances {
@@ -202,7 +210,8 @@ impl Seen {
                 let spec = generation.spec.processes.get(&instance.process)?.health.clone();
                 let address = self.addresses.get(&instance.id)?.clone();
                 let proven = self.rows.get(&instance.id)?.state == state::HEALTHY;
-                Some(Subject { id: instance.id.clone(), address, spec, proven })
+                let host = host_of(&generation.spec, &instance.process);
+                Some(Subject { id: instance.id.clone(), address, host, spec, proven })
             })
             .collect()
     }
@@ -222,10 +231,16 @@ impl Seen {
             && self.view.instances.iter().all(settled)
             && self.view.table_current
     }
+}
 
-    pub fn release(&self, number: epagent_core::name::ReleaseNumber) -> Option<&Release> {
-        self.releases.iter().find(|release| release.number == number)
-    }
+/// The first host name that leads to the process; for a wildcard, a name below it.
+fn host_of(spec: &AppSpec, process: &ProcessName) -> String {
+    let hosts = spec.routes.iter().filter(|route| route.process == *process);
+    let first = hosts.into_iter().find_map(|route| match &route.matches {
+        RouteMatch::Host(host) => Some(host.replace('*', "health")),
+        RouteMatch::Port(_) => None,
+    });
+    first.unwrap_or_else(|| "localhost".to_owned())
 }
 
 fn has_instances(phase: Phase) -> bool {

@@ -10,42 +10,27 @@ use epagent_store::{Release, StoreError, Volume};
 use epagent_wire::runner::{Command, Request, Start};
 use rustix::fs::{MemfdFlags, SealFlags};
 
-use super::look::Seen;
 use super::{AppLoop, Parts, RoundError};
 
 /// What a jail's command is started with unless the manifest says otherwise.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 impl AppLoop {
+    /// Has the runner start the jail of an instance. Sent twice, it is the same jail.
     pub(super) async fn start_instance(
         &self,
         jail: &JailId,
         process: &ProcessName,
         index: u32,
         number: ReleaseNumber,
-        seen: &Seen,
     ) -> Result<(), RoundError> {
-        let (Some(release), Some(spec)) = (
-            seen.release(number),
-            seen.release(number).and_then(|release| release.spec.processes.get(process)),
-        ) else {
-            return Ok(());
-        };
-        let mut env = environment(release);
+        let Some(release) = self.parts.store.release(&self.app, number).await? else { return Ok(()) };
+        let Some(spec) = release.spec.processes.get(process) else { return Ok(()) };
+        let mut env = environment(&release);
         env.insert("EPAGENT_PROCESS".to_owned(), process.to_string());
         env.insert("EPAGENT_INDEX".to_owned(), index.to_string());
         let command = Command::Shell(spec.command.clone());
-        start(&self.parts, jail, release, command, env, spec.limits.clone(), None).await
-    }
-
-    /// Sends the start of instances again whose first sending was cut.
-    pub(super) async fn start_again(&self, seen: &Seen) -> Result<(), RoundError> {
-        for id in &seen.unstarted {
-            if let Some(row) = seen.rows.get(id) {
-                self.start_instance(id, &row.process, row.index, row.release, seen).await?;
-            }
-        }
-        Ok(())
+        start(&self.parts, jail, &release, command, env, spec.limits.clone(), None).await
     }
 }
 

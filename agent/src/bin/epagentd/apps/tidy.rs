@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use epagent_core::name::JailId;
-use epagent_store::ReleaseState;
+use epagent_store::{ReleaseState, Wanted};
 use epagent_wire::runner::{JailState, RefusalCode, Request, World};
 
 use super::build::Progress;
@@ -15,7 +15,7 @@ use crate::runner::CallError;
 impl AppLoop {
     /// Ends and removes jails of the app that no row, deploy or user speaks of, and trees that are not being built
     /// any more. True when it did something.
-    pub(super) async fn sweep(&self, seen: &Seen, world: &World) -> Result<bool, RoundError> {
+    pub(super) async fn sweep(&self, seen: &Seen, world: &World, wanted: Wanted) -> Result<bool, RoundError> {
         let job = match &seen.deploy {
             Some(deploy) => Progress::of(deploy)?.job,
             None => None,
@@ -24,7 +24,7 @@ impl AppLoop {
         for jail in world.jails.iter().filter(|jail| jail.app.as_ref() == Some(&self.app)) {
             let known = seen.rows.contains_key(&jail.id)
                 || job.as_ref() == Some(&jail.id)
-                || self.parts.held.contains(&jail.id);
+                || (self.parts.held.contains(&jail.id) && wanted != Wanted::Removed);
             match &jail.state {
                 _ if known => {}
                 JailState::Exited(_) => {
@@ -53,8 +53,9 @@ impl AppLoop {
         Ok(swept)
     }
 
-    /// After a deploy: releases past the number to be kept, and logs of instances that are forgotten.
-    pub(super) async fn tidy(&self) -> Result<(), RoundError> {
+    /// Removes releases past the number to be kept, trees of releases that failed, and logs of instances that are
+    /// forgotten.
+    pub(super) async fn tidy(&self, world: &World) -> Result<(), RoundError> {
         let store = &self.parts.store;
         let ready = store.releases(&self.app).await?;
         let ready = ready.iter().filter(|release| release.state == ReleaseState::Ready);
@@ -62,14 +63,13 @@ impl AppLoop {
             store.release_remove(&self.app, old.number).await?;
         }
         let trees = store.trees_in_use(&self.app).await?;
-        let Some(world) = self.parts.worlds.latest() else { return Ok(()) };
         for tree in world.releases.iter().filter(|tree| tree.app == self.app && tree.sealed) {
             if !trees.contains(&tree.release) {
                 let request = Request::ReleaseRemove { app: self.app.clone(), release: tree.release };
                 ignore_refusal(self.call("removing an old release", request).await)?;
             }
         }
-        self.tidy_logs(&world).await
+        self.tidy_logs(world).await
     }
 
     async fn tidy_logs(&self, world: &World) -> Result<(), RoundError> {
@@ -82,9 +82,7 @@ impl AppLoop {
         for deploy in deploys {
             kept.extend(Progress::of(&deploy)?.logs);
         }
-        let prefix = format!("{}-", self.app);
-        // An id is its app's name, a hyphen and eight letters.
-        let ours = |id: &&JailId| id.as_str().strip_prefix(&prefix).is_some_and(|rest| rest.len() == 8);
+        let ours = |id: &&JailId| id.app().as_ref() == Some(&self.app) && !self.parts.held.contains(id);
         for id in world.logs.iter().filter(ours).filter(|id| !kept.contains(id)) {
             ignore_refusal(self.call("removing an old log", Request::LogRemove { jail: id.clone() }).await)?;
         }
