@@ -222,6 +222,24 @@ fn killed_it_takes_its_parts_along_and_a_new_start_has_the_same_number() {
 }
 
 #[test]
+fn at_the_end_nobody_waits_for_an_answer() {
+    let dev = Dev::start();
+    // The agent is gone for good, and a connection waits for it.
+    fs::write(dev.state("brain/crash"), "").unwrap();
+    let old = dev.pid_of("epagentd");
+    kill(Pid::from_raw(old), Signal::SIGKILL).unwrap();
+    eventually("it is gone", || (!is_alive(old)).then_some(()), || dev.said());
+    let mut waiting = std::os::unix::net::UnixStream::connect(dev.state("admin.sock")).unwrap();
+    waiting.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let since = Instant::now();
+    dev.signal(Signal::SIGINT);
+    // Cut or ended, but told.
+    let told = std::io::Read::read(&mut waiting, &mut [0; 1]);
+    assert!(since.elapsed() < Duration::from_secs(5), "{told:?} after {:?}", since.elapsed());
+    dev.end();
+}
+
+#[test]
 fn a_second_one_on_the_folder_is_refused() {
     let dev = Dev::start();
     let second = Dev::command(dev.folder.path()).stderr(Stdio::piped()).output().unwrap();

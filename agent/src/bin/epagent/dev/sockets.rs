@@ -63,12 +63,15 @@ impl Sockets {
         &self.admin.path
     }
 
-    /// Refuses new connections to the API from here on: at the end nobody is left to answer them, and the listeners
-    /// stay open until everything is taken down.
+    /// Refuses connections to the API from here on, those that wait included: at the end nobody is left to answer
+    /// them, and the listeners stay open until everything is taken down.
     pub fn refuse_api(&self) {
         for socket in [&self.admin, &self.read] {
-            // For a listening unix socket this is what close would do to new connections (unix(7)); it can't fail.
+            // For a listening unix socket: what comes is refused, and accept no longer waits (unix(7)).
             let _ = shutdown(socket.fd.as_raw_fd(), Shutdown::Read);
+            while let Ok(waiting) = rustix::net::accept(&socket.fd) {
+                drop(waiting);
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! What each command does: one file per subject.
 
 mod apps;
+mod codes;
 mod deploy;
 mod doctor;
 mod exec;
