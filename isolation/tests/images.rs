@@ -154,3 +154,31 @@ fn a_file_system_that_cannot_map_ids_is_named() {
     let ExitReason::StartFailed { step, error, .. } = jail.await_exit().reason else { panic!() };
     assert!(step == "map mounts" && error.contains("/data") && error.contains("idmap"), "{step}: {error}");
 }
+
+#[test]
+fn a_root_on_a_shared_mount_starts_and_shares_nothing_with_the_host() {
+    let node = Node::new();
+    let shared = node.dir.join("shared");
+    fs::create_dir(&shared).unwrap();
+    // As every mount is under systemd.
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("tmpfs"), &shared, Some("tmpfs"), flags, None::<&str>).unwrap();
+    let mounted = Unmount(&shared);
+    let none = None::<&str>;
+    nix::mount::mount(none, &shared, none, nix::mount::MsFlags::MS_SHARED, none).unwrap();
+    let root = image(&node, "shared/root", |_| {});
+    let script = "grep -c -e shared: -e master: /proc/self/mountinfo; ls /usr/bin/env";
+    let (reason, said, _) = run(&node, "shared", &root, false, script);
+    assert_eq!(reason, ExitReason::Exited { code: 0 }, "{said}");
+    assert_eq!(said.lines().next(), Some("0"), "mounts of the host's peer groups");
+    drop(mounted);
+}
+
+/// Unmounts a folder when the test ends, whatever happened.
+struct Unmount<'a>(&'a PathBuf);
+
+impl Drop for Unmount<'_> {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}

@@ -9,6 +9,9 @@ pub(crate) use libc::{MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MO
 
 /// Sets flags on the mount that `mount` refers to (and, if `recursive`, on those below), and maps its ids by the
 /// user namespace `idmap`.
+///
+/// It becomes private too. A clone of a mount stays a peer of the original, which under systemd is shared: nothing
+/// may spread between an instance and the host, and pivot_root(2) refuses a new root that is shared.
 pub(crate) fn set_attributes(
     mount: BorrowedFd<'_>,
     recursive: bool,
@@ -22,7 +25,7 @@ pub(crate) fn set_attributes(
     let attributes = libc::mount_attr {
         attr_set: set | idmap.map_or(0, |_| libc::MOUNT_ATTR_IDMAP),
         attr_clr: 0,
-        propagation: 0,
+        propagation: libc::MS_PRIVATE,
         userns_fd: idmap.map_or(0, |fd| fd.as_raw_fd() as u64),
     };
     // SAFETY: the path is a static empty C string, `attributes` lives through the call and its true size is passed;
