@@ -3,6 +3,7 @@
 # make demo    deploy an app, redeploy it under load, stay up until Ctrl-C; ONCE=1 ends by itself
 # make test    everything: formatting, lints, every test (needs root)
 # make soak    the end-to-end suites with long loads
+# make vm-test  the suites in throwaway VMs [T=part of a name]; vm-shell, vm-pair: machines to look around in [R=release]
 # make bench   the benchmarks
 # make clean   what was built
 
@@ -92,3 +93,20 @@ bench: root setup build
 clean:
 	cargo clean
 	rm -rf target/dist
+
+# Throwaway machines (tests/src/vm). An image is made and booted once, then every machine is forked from that.
+# T chooses tests by a part of their name, R the release of a shell or a pair: trixie, bookworm.
+.PHONY: setup-vm vm-test vm-shell vm-pair
+
+setup-vm: setup
+	@command -v qemu-system-x86_64 >/dev/null || { export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -q && apt-get install -q -y --no-install-recommends qemu-system-x86; }
+
+vm-test: root setup-vm build
+	@cargo nextest --version >/dev/null 2>&1 || cargo install cargo-nextest --locked
+	$(ROOT_SUITES) EPAGENT_TEST_VM=1 EPAGENT_PROFILE=$(PROFILE) \
+	  cargo nextest run --cargo-profile $(PROFILE) --workspace --profile vm \
+	    -E 'package(epagent-tests) & binary(vm)$(if $(T), & test(/$(T)/))'
+
+vm-shell vm-pair: vm-%: root setup-vm build
+	@$(ROOT_SUITES) cargo run -q --profile $(PROFILE) -p epagent-tests --bin epagent-vm -- $* $(or $(R),trixie)

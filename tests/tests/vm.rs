@@ -1,10 +1,19 @@
 //! Throwaway machines, and epagent on them: systemd as the first process, cgroup v2 alone, kernels 6.12 and 6.1.
 //!
-//! Only with `EPAGENT_TEST_VM=1`, since emulated machines take minutes: `make vm-test [T=name]`.
+//! Only with `EPAGENT_TEST_VM=1`, since an emulated machine takes minutes for what takes seconds here:
+//! `make vm-test [T=name]`.
 
 use std::time::Duration;
 
-use epagent_tests::vm::{Release, Vm};
+use epagent_tests::vm::cable::Cable;
+use epagent_tests::vm::payload::Payload;
+use epagent_tests::vm::suite::{self, Outcome};
+use epagent_tests::vm::{Options, Release, Vm};
+
+const STATE: &str = "/var/lib/node";
+/// What the manifest of examples/hello asks for.
+const HELLO_MEMORY_BYTES: &str = "134217728";
+const HELLO_PIDS: &str = "64";
 
 /// Whether machines are wanted; says so when not.
 fn wanted() -> bool {
@@ -15,31 +24,324 @@ fn wanted() -> bool {
     wanted
 }
 
-const RELEASES: [Release; 2] = [Release::Trixie, Release::Bookworm];
+/// A machine with the agent's binaries and the examples on it.
+#[track_caller]
+fn with_agent(release: Release) -> Vm {
+    let vm = Vm::with(release, Options { payload: Payload::agent(), ..Options::default() });
+    println!("{}: {} forked={} in {:?}", vm.name, release.name(), vm.forked, vm.took);
+    vm
+}
+
+/// Runs `epagent dev` as a unit of its own and waits until it is ready.
+#[track_caller]
+fn start_node(vm: &Vm) {
+    vm.succeed(&format!(
+        "systemd-run --quiet --unit=node --property=KillMode=mixed --property=TimeoutStopSec=180 \
+         epagent dev --state {STATE} --http 0.0.0.0:8080 --size 4G"
+    ));
+    let ready = format!("test -e {STATE}/ready || {{ systemctl status node >&2; false; }}");
+    vm.wait_until_succeeds(&ready, Duration::from_secs(30));
+}
+
+/// Ends it in order; nothing may be left.
+#[track_caller]
+fn stop_node(vm: &Vm) {
+    vm.run_within("systemctl stop node", Duration::from_secs(30)).ok();
+    assert_eq!(vm.succeed("systemctl is-failed node || true").trim(), "inactive");
+    let left = vm.succeed(
+        "find /sys/fs/cgroup -maxdepth 1 -name 'epagent*'; ip -o link | grep 'ep[0-9]' || true; \
+         nft list tables | grep epagent || true; grep /var/lib/node /proc/mounts || true; losetup -a; \
+         pgrep -a epagent || true",
+    );
+    assert_eq!(left, "", "left behind");
+}
+
+#[track_caller]
+fn epagent(vm: &Vm, arguments: &str) -> epagent_tests::Ran {
+    vm.run_within(&format!("EPAGENT_SOCKET={STATE}/admin.sock epagent {arguments}"), Duration::from_secs(60))
+}
+
+/// Pids of the healthy instances of an app, as the agent tells them.
+#[track_caller]
+fn pids(vm: &Vm, app: &str) -> Vec<i64> {
+    let rows: serde_json::Value = serde_json::from_str(&epagent(vm, "ps --json").ok()).unwrap();
+    let rows = rows.as_array().unwrap().iter();
+    let mut pids: Vec<i64> = rows
+        .filter(|row| row["app"] == app && row["state"] == "healthy")
+        .filter_map(|row| row["pid"].as_i64())
+        .collect();
+    pids.sort_unstable();
+    pids
+}
+
+#[track_caller]
+fn fetch(vm: &Vm, host: &str) -> String {
+    vm.succeed(&format!("curl -sS --fail --max-time 60 -H 'Host: {host}' http://127.0.0.1:8080/"))
+}
 
 #[test]
 fn machine_is_a_stock_debian_on_pure_cgroup_v2() {
     if !wanted() {
         return;
     }
-    for release in RELEASES {
+    for release in Release::ALL {
         let vm = Vm::start(release);
         assert_eq!(vm.succeed("stat -fc %T /sys/fs/cgroup").trim(), "cgroup2fs");
         assert_eq!(vm.succeed("ps -o comm= 1").trim(), "systemd");
         vm.wait_for_unit("systemd-journald");
-        let failed = vm.succeed("systemctl --failed --no-legend");
-        assert_eq!(failed, "");
+        assert_eq!(vm.succeed("systemctl --failed --no-legend"), "");
         let kernel = vm.succeed("uname -r");
-        println!(
-            "{}: Linux {}, {}, forked: {}, ready after {:?}",
-            release.name(),
-            kernel.trim(),
-            vm.accel.name(),
-            vm.forked,
-            vm.took
-        );
-        vm.fail("exit 3");
-        assert_eq!(vm.run("exit 3").code, Some(3));
+        let (name, accel) = (release.name(), vm.accel.name());
+        println!("{name}: Linux {}, {accel}, forked={} in {:?}", kernel.trim(), vm.forked, vm.took);
+        assert_eq!(vm.fail("echo said; exit 3").code, Some(3));
         assert_eq!(vm.wait_until_succeeds("echo there", Duration::from_secs(1)), "there\n");
     }
+}
+
+#[test]
+fn forks_of_one_machine_are_different_machines() {
+    if !wanted() {
+        return;
+    }
+    let one = Vm::start(Release::Trixie);
+    let other = Vm::start(Release::Trixie);
+    for what in ["cat /etc/machine-id", "hostname", "head -c 16 /dev/urandom | base64"] {
+        assert_ne!(one.succeed(what), other.succeed(what), "{what}");
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let there: u64 = one.succeed("date +%s").trim().parse().unwrap();
+    assert!(there.abs_diff(now) < 10, "the clock of a fork is {there}, it is {now}");
+    one.succeed("echo mine > /etc/changed; sync");
+    other.fail("test -e /etc/changed");
+}
+
+#[test]
+fn power_cut_loses_what_was_not_written_and_keeps_what_was() {
+    if !wanted() {
+        return;
+    }
+    let mut vm = Vm::start(Release::Trixie);
+    vm.succeed("echo kept > /var/tmp/kept; sync; sysctl -qw vm.dirty_writeback_centisecs=0");
+    vm.succeed("echo lost > /var/tmp/lost");
+    vm.power_cut();
+    assert_eq!(vm.succeed("cat /var/tmp/kept"), "kept\n");
+    assert_eq!(vm.succeed("cat /var/tmp/lost 2>/dev/null || true"), "");
+    assert_eq!(vm.succeed("hostname").trim(), vm.name);
+    vm.succeed("echo orderly > /var/tmp/orderly");
+    vm.reboot();
+    assert_eq!(vm.succeed("cat /var/tmp/orderly"), "orderly\n");
+}
+
+#[test]
+fn hello_runs_confined_and_survives_kills_on_trixie() {
+    if wanted() {
+        hello_runs_confined_and_survives_kills(Release::Trixie);
+    }
+}
+
+#[test]
+fn hello_runs_confined_and_survives_kills_on_bookworm() {
+    if wanted() {
+        hello_runs_confined_and_survives_kills(Release::Bookworm);
+    }
+}
+
+fn hello_runs_confined_and_survives_kills(release: Release) {
+    let vm = with_agent(release);
+    start_node(&vm);
+    epagent(&vm, "deploy /root/examples/hello").ok();
+    let body = fetch(&vm, "hello.localhost");
+    assert!(body.starts_with("Hello from epagent"), "{body}");
+    println!("{}", epagent(&vm, "doctor").stdout);
+
+    assert_limits(&vm);
+    // systemd rewrites the controllers of the root for its own units; those of the instances stay.
+    vm.succeed("systemctl daemon-reload; systemd-run --quiet --wait --property=CPUWeight=50 true; systemctl daemon-reexec");
+    assert_limits(&vm);
+
+    let before = pids(&vm, "hello");
+    assert_eq!(before.len(), 2, "{before:?}");
+    for part in ["epagentd", "epagent-runner", "epagent-lease"] {
+        kill_part(&vm, part);
+        assert_eq!(fetch(&vm, "hello.localhost").split(',').next(), Some("Hello from epagent"));
+    }
+    vm.wait_until_succeeds(
+        &format!("EPAGENT_SOCKET={STATE}/admin.sock epagent ps --json | grep -q healthy"),
+        Duration::from_secs(20),
+    );
+    assert_eq!(pids(&vm, "hello"), before, "an instance did not survive");
+
+    hog_dies_as_a_whole(&vm);
+    assert_eq!(pids(&vm, "hello"), before, "a neighbour of the hog did not survive");
+    stop_node(&vm);
+}
+
+/// The limits that the kernel holds for every instance of hello.
+#[track_caller]
+fn assert_limits(vm: &Vm) {
+    let apps = vm.succeed("find /sys/fs/cgroup/epagent-* -mindepth 2 -maxdepth 2 -type d -name app");
+    assert_eq!(apps.lines().count(), 2, "{apps}");
+    for cgroup in apps.lines() {
+        let read = |file: &str| vm.succeed(&format!("cat {cgroup}/{file}")).trim().to_owned();
+        assert_eq!(read("memory.max"), HELLO_MEMORY_BYTES);
+        assert_eq!(read("memory.oom.group"), "1");
+        assert_eq!(read("pids.max"), HELLO_PIDS);
+        assert!(!read("cpu.max").starts_with("max"), "no processor limit: {}", read("cpu.max"));
+        let shown = "cd $0; grep -H . cgroup.controllers cpu.max cpu.weight memory.high memory.swap.max io.max || true";
+        println!("{}", vm.succeed(&format!("{}", shown.replace("$0", cgroup))));
+    }
+}
+
+/// `kill -9`; waits until the part runs again.
+#[track_caller]
+fn kill_part(vm: &Vm, part: &str) {
+    // By the executable: parts that are started from a descriptor have a number for a name.
+    let find = format!(
+        "for p in /proc/[0-9]*; do case $(readlink $p/exe) in */{part}) echo ${{p#/proc/}};; esac; done"
+    );
+    let old = vm.succeed(&find);
+    assert_eq!(old.lines().count(), 1, "{part}: {old:?}");
+    vm.succeed(&format!("kill -9 {old}"));
+    let again = format!("now=$({find}); test -n \"$now\" && test \"$now\" != {}", old.trim());
+    vm.wait_until_succeeds(&again, Duration::from_secs(20));
+}
+
+/// One process of several takes more memory than the instance may: all of them die, and the verdict says why.
+fn hog_dies_as_a_whole(vm: &Vm) {
+    vm.succeed(
+        r#"mkdir -p /root/hog && cat > /root/hog/epagent.toml <<'END'
+app = "hog"
+image = "host"
+[process.web]
+command = "sleep 1001 & sleep 1002 & python3 -c 'b = bytearray(300 << 20)'; sleep 1003"
+[process.web.limits]
+memory = "64M"
+[process.web.health]
+deadline = "60s"
+END"#,
+    );
+    let ran = epagent(vm, "deploy /root/hog");
+    ran.clone().fails(3, &["out_of_memory"]);
+    println!("{}", ran.stderr);
+    vm.fail("pgrep -af 'sleep 100[123]'");
+}
+
+#[test]
+fn power_cut_in_a_deploy_leaves_the_old_release_or_the_new() {
+    if !wanted() {
+        return;
+    }
+    let mut vm = with_agent(Release::Trixie);
+    start_node(&vm);
+    epagent(&vm, "deploy /root/examples/hello").ok();
+    let old = fetch(&vm, "hello.localhost");
+    assert!(old.contains("version 1"), "{old}");
+    vm.succeed("sed -i 's/version 1/version 2/' /root/examples/hello/version.txt; sync");
+    vm.succeed(&format!(
+        "EPAGENT_SOCKET={STATE}/admin.sock epagent deploy --detach /root/examples/hello >/dev/null 2>&1"
+    ));
+    vm.power_cut();
+    start_node(&vm);
+    let fetching = "curl -sS --fail --max-time 20 -H 'Host: hello.localhost' http://127.0.0.1:8080/";
+    let after = vm.wait_until_succeeds(fetching, Duration::from_secs(60));
+    assert!(after.contains("version 1") || after.contains("version 2"), "{after}");
+    println!("after the power cut: {}", after.trim());
+    // And it can be deployed again.
+    epagent(&vm, "deploy /root/examples/hello").ok();
+    assert!(fetch(&vm, "hello.localhost").contains("version 2"));
+    stop_node(&vm);
+}
+
+#[test]
+fn three_machines_reach_each_other_until_they_are_parted() {
+    if !wanted() {
+        return;
+    }
+    let cable = Cable::with_ends(3);
+    let mut machines: Vec<Vm> = (0..3)
+        .map(|index| {
+            let name = format!("node{}", index + 1);
+            Vm::with(Release::Trixie, Options { name, plug: Some(cable.plug(index)), ..Options::default() })
+        })
+        .collect();
+    let address = |index: usize| cable.plug(index).address();
+    let reach = |machines: &[Vm], from: usize, to: usize| {
+        machines[from].wait_until_succeeds(&format!("ping -c 1 -W 5 {}", address(to)), Duration::from_secs(5))
+    };
+    let lost = |machines: &[Vm], from: usize, to: usize| {
+        machines[from].fail(&format!("ping -c 2 -W 2 {}", address(to)))
+    };
+    for (from, to) in [(0, 1), (1, 2), (2, 0)] {
+        reach(&machines, from, to);
+    }
+    // Between two of them: both still reach the third.
+    cable.cut(0, 1);
+    lost(&machines, 0, 1);
+    lost(&machines, 1, 0);
+    reach(&machines, 0, 2);
+    reach(&machines, 1, 2);
+    cable.heal(0, 1);
+    reach(&machines, 0, 1);
+    // At a machine's own end: it sees its carrier go.
+    machines[2].set_link(false);
+    machines[2]
+        .wait_until_succeeds("test \"$(cat /sys/class/net/eth0/carrier)\" = 0", Duration::from_secs(5));
+    lost(&machines, 0, 2);
+    machines[2].set_link(true);
+    reach(&machines, 2, 0);
+    // One loses its power; the others go on.
+    machines[1].power_cut();
+    reach(&machines, 0, 2);
+    let setup = cable.plug(1).setup();
+    machines[1].succeed(&setup);
+    reach(&machines, 0, 1);
+}
+
+#[test]
+fn isolation_and_storage_keep_their_promises_on_trixie() {
+    if wanted() {
+        suites_pass(Release::Trixie);
+    }
+}
+
+#[test]
+fn isolation_and_storage_keep_their_promises_on_bookworm() {
+    if wanted() {
+        suites_pass(Release::Bookworm);
+    }
+}
+
+/// Runs the behaviour tests of the two crates that touch the kernel inside, and says what ran and what did not.
+/// `EPAGENT_VM_BINARY` and `EPAGENT_VM_TEST` choose among them by parts of their names.
+fn suites_pass(release: Release) {
+    let (binaries, programs) = suite::built(&["isolation", "storage"]);
+    assert!(!binaries.is_empty(), "no test binaries of isolation and storage");
+    let chosen = |name: &str| std::env::var(name).unwrap_or_default();
+    let (binary, test) = (chosen("EPAGENT_VM_BINARY"), chosen("EPAGENT_VM_TEST"));
+    let binaries: Vec<_> = binaries.into_iter().filter(|one| one.name.contains(&binary)).collect();
+    let payload = suite::payload(&binaries, &programs);
+    let vm = Vm::with(release, Options { payload, ..Options::default() });
+    let mut results = Vec::new();
+    for binary in &binaries {
+        for result in vm.run_tests(binary, &[&test]) {
+            println!("{} {result}", release.name());
+            results.push(result);
+        }
+    }
+    let count = |is: fn(&Outcome) -> bool| results.iter().filter(|result| is(&result.outcome)).count();
+    println!(
+        "{}: {} passed, {} skipped, {} failed",
+        release.name(),
+        count(|outcome| *outcome == Outcome::Passed),
+        count(|outcome| matches!(outcome, Outcome::Skipped(_))),
+        count(|outcome| matches!(outcome, Outcome::Failed(_)))
+    );
+    let failed: Vec<String> = results
+        .iter()
+        .filter_map(|result| match &result.outcome {
+            Outcome::Failed(why) => Some(format!("{result}\n{why}")),
+            _ => None,
+        })
+        .collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
 }

@@ -120,6 +120,10 @@ def become(request):
         fcntl.ioctl(urandom, RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
         fcntl.ioctl(urandom, RNDRESEEDCRNG)
     time.clock_settime_ns(time.CLOCK_REALTIME, request["clock_ns"])
+    with open("/etc/machine-id") as file:
+        before = file.read().strip()
+    # The journal that is being written has the old id in its path, and is to be found by the new one.
+    os.rename(f"/var/log/journal/{before}", f"/var/log/journal/{request['machine_id']}")
     for path, text in (("/etc/hostname", request["hostname"]), ("/etc/machine-id", request["machine_id"]),
                        ("/proc/sys/kernel/hostname", request["hostname"])):
         with open(path, "w") as file:

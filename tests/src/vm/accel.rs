@@ -3,7 +3,11 @@
 //! That `/dev/kvm` exists says little: inside another hypervisor it may be there and not run a stock kernel. So it
 //! is tried with the first boot of an image, and what worked is written down beside the image.
 
+use std::io::Write;
+use std::process::{Command, Stdio};
 use std::time::Duration;
+
+use crate::poll::until;
 
 /// How many times longer an emulated guest takes for the same work, with a neighbour on the same processors.
 const TCG_SLOWNESS: u32 = 8;
@@ -52,6 +56,26 @@ impl Accel {
                 "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand",
             ],
         }
+    }
+
+    /// Whether qemu gets as far as its control socket with it. Some hypervisors offer KVM and then refuse a register
+    /// without which qemu ends.
+    pub fn starts(self) -> bool {
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35", "-S"]);
+        command.args(self.arguments()).args(["-qmp", "stdio"]);
+        let started = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let Ok(mut child) = started else { return false };
+        if let Some(mut control) = child.stdin.take() {
+            let _ = control.write_all(br#"{"execute":"qmp_capabilities"}{"execute":"quit"}"#);
+            let ended = until(Duration::from_secs(10), || child.try_wait().ok().flatten());
+            if ended.is_some_and(|status| status.success()) {
+                return true;
+            }
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+        false
     }
 
     /// A deadline for work in the guest that takes up to `native` on the host.

@@ -168,19 +168,20 @@ fn boot_and_save(folder: PathBuf, release: Release) -> Image {
     let _ = fs::remove_file(folder.join("saved.key"));
     let mut why = String::new();
     for accel in Accel::candidates() {
+        if !accel.starts() {
+            why.push_str(&format!("{}: qemu does not start\n", accel.name()));
+            continue;
+        }
         let image = Image { folder: folder.clone(), release, accel };
         eprintln!("booting {} with {} (once)", release.name(), accel.name());
-        let booted = std::panic::catch_unwind(|| first_boot(&image, &payload));
-        match booted {
-            Ok(Ok(())) => {
-                let written = fs::write(folder.join("accel"), accel.name())
-                    .and_then(|()| fs::write(folder.join("saved.key"), machine_key()));
-                written.unwrap_or_else(|error| panic!("writing beside the image: {error}"));
-                return image;
-            }
-            Ok(Err(reason)) => why.push_str(&format!("{}: {reason}\n", accel.name())),
-            Err(_) => why.push_str(&format!("{}: qemu did not start\n", accel.name())),
+        if let Err(reason) = first_boot(&image, &payload) {
+            why.push_str(&format!("{}: {reason}\n", accel.name()));
+            continue;
         }
+        let written = fs::write(folder.join("accel"), accel.name())
+            .and_then(|()| fs::write(folder.join("saved.key"), machine_key()));
+        written.unwrap_or_else(|error| panic!("writing beside the image: {error}"));
+        return image;
     }
     panic!("{} does not boot:\n{why}", release.name());
 }

@@ -202,7 +202,16 @@ impl Drop for Qemu {
 fn command(parts: &Parts<'_>, folder: &Path) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     // Bounds of what an emulated guest takes of the host: two processors, this memory, this much translated code.
-    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35,sata=off", "-smp", "2"]);
+    command.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-machine",
+        "q35,sata=off",
+        "-smp",
+        "2",
+    ]);
     command.args(parts.accel.arguments()).args(["-m", &MEMORY_MIB.to_string()]);
     command.arg("-kernel").arg(parts.kernel).arg("-initrd").arg(parts.initrd);
     // Mitigations cost an emulated guest a third of its speed, and no test is about them.
