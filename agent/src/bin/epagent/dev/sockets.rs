@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{
     AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, listen, shutdown, socket,
@@ -17,6 +18,11 @@ use super::layout::{Layout, Users};
 
 /// Connections that may wait to be accepted. The kernel takes the smaller of this and net.core.somaxconn.
 const BACKLOG: i32 = 4096;
+
+/// How long an address may be in use: a ring of the balancer that was killed a moment ago is taken down by the
+/// kernel after the process is gone, and holds the listener until then.
+const IN_USE_WAIT_MAX: Duration = Duration::from_secs(3);
+const IN_USE_RETRY: Duration = Duration::from_millis(20);
 
 /// Every socket, bound and listening. Dropping it removes the unix sockets' files.
 #[derive(Debug)]
@@ -124,7 +130,15 @@ fn listen_unix(path: &Path, kind: SockType, group: u32) -> io::Result<OwnedFd> {
 }
 
 fn listen_tcp(address: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
-    let listener = TcpListener::bind(address)?;
+    let deadline = Instant::now() + IN_USE_WAIT_MAX;
+    let listener = loop {
+        match TcpListener::bind(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(IN_USE_RETRY);
+            }
+            bound => break bound?,
+        }
+    };
     // Listening again only changes the length of the queue.
     listen(&listener, Backlog::new(BACKLOG)?)?;
     let bound = listener.local_addr()?;
