@@ -28,8 +28,9 @@ fn survives_kill_of(parts: &[&str]) {
             host.wait_restarted(part, old);
         }
         host.wait_answering();
-        host.wait_healthy("shop", 2);
-        assert_eq!(host.pids("shop"), pids, "the instances are not the same");
+        let rows = host.wait_healthy("shop", 2);
+        let after: Vec<i32> = rows.iter().filter_map(|row| row.pid).collect();
+        assert_eq!(after, pids, "the instances are not the same");
         load.wait_for(100, Duration::from_secs(30));
     }
     load.finish().assert_none_failed();
