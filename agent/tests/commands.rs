@@ -229,6 +229,22 @@ fn an_upload_that_was_cut_is_sent_again_whole() {
 }
 
 #[test]
+fn a_deploy_whose_upload_fails_does_not_stand_in_the_way_of_the_next() {
+    let folder = app_folder();
+    let refused = json!({ "code": "too_large", "message": "the archive is too large", "hint": "" });
+    let agent = Agent::new(move |_, request| match request.line.split(' ').next() {
+        Some("POST") => Answer::Json(202, deploy("received", Value::Null)),
+        Some("PUT") => Answer::Json(413, refused.clone()),
+        _ => Answer::Json(200, deploy("failed", Value::Null)),
+    });
+    let ran = agent.run(&format!("deploy {}", folder.path().display()));
+    assert_eq!(ran.code, 1, "{ran:?}");
+    assert!(ran.stderr.contains("error[too_large]"), "{ran:?}");
+    assert_eq!(agent.seen()[2].line, "DELETE /v1/deploys/12 HTTP/1.1");
+    assert_eq!(agent.run("deploy --cancel 12").stdout, "d12 of shop is canceled\n");
+}
+
+#[test]
 fn unreadable_files_are_found_before_the_agent_is_asked() {
     let folder = app_folder();
     let path = folder.path().join("pipe");

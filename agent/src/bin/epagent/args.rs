@@ -118,7 +118,7 @@ pub struct AppWatch {
 #[derive(Debug, Args)]
 pub struct DeployArgs {
     /// A folder with an epagent.toml or a Procfile, or a tar of one (plain, gzip or zstd)
-    #[arg(required_unless_present = "watch", value_name = "DIR|TAR")]
+    #[arg(required_unless_present_any = ["watch", "cancel"], value_name = "DIR|TAR")]
     pub source: Option<PathBuf>,
     /// Deploy as this app, whatever the manifest says
     #[arg(long, value_name = "NAME")]
@@ -127,8 +127,13 @@ pub struct DeployArgs {
     #[arg(long, value_name = "NAME")]
     pub image: Option<ImageName>,
     /// Watch a deploy that is under way
-    #[arg(long, value_name = "N", conflicts_with_all = ["source", "app", "image", "detach"], value_parser = deploy_id)]
+    #[arg(long, value_name = "N", value_parser = deploy_id)]
+    #[arg(conflicts_with_all = ["source", "app", "image", "detach", "cancel"])]
     pub watch: Option<DeployId>,
+    /// Cancel a deploy that is under way; what served goes on serving
+    #[arg(long, value_name = "N", value_parser = deploy_id)]
+    #[arg(conflicts_with_all = ["source", "app", "image", "detach"])]
+    pub cancel: Option<DeployId>,
     #[command(flatten)]
     pub watching: Watching,
     /// Print the finished deploy as JSON
@@ -376,6 +381,7 @@ mod tests {
             "deploy app.tar.zst --app shop --image py --detach",
             "deploy --watch 12",
             "deploy --watch d12",
+            "deploy --cancel d12",
             "ps",
             "ps --json",
             "ps shop --json",
@@ -420,6 +426,7 @@ mod tests {
             ("scale shop", "PROCESS=COUNT"),
             ("deploy", "DIR|TAR"),
             ("deploy x --watch 3", "--watch"),
+            ("deploy --watch 3 --cancel 3", "--cancel"),
             ("deploy x --app=../etc", "app name \"../etc\" is not valid"),
             ("rollback shop r0", "r0"),
             ("config shop set =x", "NAME=VALUE"),

@@ -95,7 +95,7 @@ pub const CODES: &[Code] = &[
     code(
         "canceled",
         "The deploy was given up for something newer.",
-        "The app was destroyed or stopped, or its upload never came.",
+        "The operator canceled it, a newer deploy took its place, the app was destroyed, or its upload never came.",
         "Deploy again.",
     ),
     code(
@@ -108,7 +108,7 @@ pub const CODES: &[Code] = &[
         "deploy_under_way",
         "A deploy of this app is not over yet.",
         "One app is changed by one deploy at a time.",
-        "Watch it with `epagent deploy --watch N`, or wait.",
+        "Watch it with `epagent deploy --watch N`, wait, or end it with `epagent deploy --cancel N`.",
     ),
     code(
         "empty_secret",
@@ -373,6 +373,18 @@ pub const CODES: &[Code] = &[
         "The archive is larger than what is taken.",
         "A bound on uploads keeps one app from filling the node's disk.",
         "Leave out what the app does not need by .epagentignore.",
+    ),
+    code(
+        "too_late",
+        "A deploy can't be canceled any more.",
+        "Its release serves already, or it is over.",
+        "`epagent rollback APP` returns to the release before.",
+    ),
+    code(
+        "try_again",
+        "A deploy went on while it was to be canceled.",
+        "It passed from one phase to the next in that moment.",
+        "Cancel it again.",
     ),
     code(
         "unhealthy",

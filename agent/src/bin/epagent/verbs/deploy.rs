@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use epagent::manifest::DEPENDENCY_FILES;
+use epagent_core::name::DeployId;
 use epagent_wire::api::{ARCHIVE_BYTES_MAX, Deploy, Manifest, NewDeploy};
 use hyper::Method;
 use tokio::time::Instant;
 
-use super::Outcome;
 use super::watch::{self, Form, follow};
+use super::{Outcome, written};
 use crate::args::DeployArgs;
 use crate::client::{Body, CallError, Client, RETRY_WAIT};
 use crate::failure::{Failure, status};
@@ -28,12 +29,18 @@ const PROCFILE: &str = "Procfile";
 /// How often an upload is begun again, and for how long, when the agent goes away in the middle of it.
 const UPLOAD_TRIES: u32 = 5;
 const UPLOAD_AWAY_MAX: Duration = Duration::from_secs(60);
+/// How long a deploy whose upload failed may take to be canceled, before the failure is told all the same.
+const CANCEL_WAIT_MAX: Duration = Duration::from_secs(5);
 
 pub async fn deploy(client: &Client, args: DeployArgs) -> Outcome {
     let form = if args.json { Form::Json } else { Form::Text };
     if let Some(id) = args.watch {
         let deploy: Deploy = client.get(&format!("/v1/deploys/{}", id.0)).await?;
         return watch::watch(client, &deploy, form).await;
+    }
+    if let Some(id) = args.cancel {
+        let deploy = cancel(client, id).await?;
+        return written(Screen::stdout().line(&format!("{id} of {} is canceled", deploy.app)));
     }
     let Some(path) = args.source else {
         return Err(Failure::usage("nothing to deploy was named", "epagent deploy DIR"));
@@ -45,14 +52,26 @@ pub async fn deploy(client: &Client, args: DeployArgs) -> Outcome {
         image: args.image.map(Into::into),
     };
     let deploy: Deploy = client.send(Method::POST, "/v1/deploys", Some(&new)).await?;
-    let deploy = tokio::select! {
-        sent = upload(client, &deploy, &source) => sent?,
+    let sent = tokio::select! {
+        sent = upload(client, &deploy, &source) => sent,
         _ = tokio::signal::ctrl_c() => {
-            let message = format!("the upload of d{} was cut short; the deploy fails for want of it", deploy.id);
-            return Err(Failure::new(status::INTERRUPTED, "interrupted", message, ""));
+            let message = format!("the upload of d{} was cut short", deploy.id);
+            Err(Failure::new(status::INTERRUPTED, "interrupted", message, "nothing was changed"))
         }
     };
-    follow(client, &deploy, &args.watching, form).await
+    match sent {
+        Ok(deploy) => follow(client, &deploy, &args.watching, form).await,
+        Err(failure) => {
+            // Without its archive it would stand in the way of the next one until the agent gives it up by itself.
+            let canceled = cancel(client, DeployId(deploy.id));
+            let _ = tokio::time::timeout(CANCEL_WAIT_MAX, canceled).await;
+            Err(failure)
+        }
+    }
+}
+
+async fn cancel(client: &Client, id: DeployId) -> Result<Deploy, Failure> {
+    Ok(client.order(Method::DELETE, &format!("/v1/deploys/{}", id.0)).await?)
 }
 
 /// What is deployed. Cloned for each try to send it.
