@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  state_dir/apps/shop.json    state_dir/releases/shop.r7.json    state_dir/jails/shop-abcdefgh.json
+//!  state_dir/slots.json        from which slot on none was ever given
 //! ```
 //!
 //! A record is written as a whole (temporary file, fsync, rename, fsync of the folder) or not at all; names hold
@@ -52,7 +53,12 @@ pub struct Disk {
     apps: Folder,
     releases: Folder,
     jails: Folder,
+    marks: Folder,
 }
+
+/// Slots are marked as used this many at a time, so that most starts write no mark.
+const SLOTS_PER_MARK: u32 = 64;
+const SLOTS_MARK: &str = "slots";
 
 /// Everything that is on disk.
 #[derive(Debug, Default)]
@@ -60,6 +66,9 @@ pub struct Records {
     pub apps: Vec<AppRecord>,
     pub releases: Vec<ReleaseRecord>,
     pub jails: Vec<JailRecord>,
+    /// The slot to begin with. The balancer may still know the address of a jail that is gone with the whole node:
+    /// given to another app at once, that app would get the requests.
+    pub first_slot: u32,
 }
 
 impl Disk {
@@ -69,11 +78,19 @@ impl Disk {
             apps: Folder::open(state_dir.join("apps"))?,
             releases: Folder::open(state_dir.join("releases"))?,
             jails: Folder::open(state_dir.join("jails"))?,
+            marks: Folder::open(state_dir.to_owned())?,
         })
     }
 
     pub fn read(&self) -> Result<Records, DiskError> {
-        Ok(Records { apps: self.apps.read()?, releases: self.releases.read()?, jails: self.jails.read()? })
+        let first_slot: u32 = self.marks.read_one(SLOTS_MARK)?.unwrap_or(0);
+        self.marks.put(SLOTS_MARK, &first_slot.saturating_add(SLOTS_PER_MARK))?;
+        Ok(Records {
+            apps: self.apps.read()?,
+            releases: self.releases.read()?,
+            jails: self.jails.read()?,
+            first_slot,
+        })
     }
 
     pub fn put_app(&self, record: &AppRecord) -> Result<(), DiskError> {
@@ -85,6 +102,10 @@ impl Disk {
     }
 
     pub fn put_jail(&self, record: &JailRecord) -> Result<(), DiskError> {
+        // In the second half of what is marked, the mark goes on before it is reached.
+        if let Some(slot) = record.slot.filter(|slot| slot % SLOTS_PER_MARK >= SLOTS_PER_MARK / 2) {
+            self.marks.put(SLOTS_MARK, &((slot / SLOTS_PER_MARK + 2) * SLOTS_PER_MARK))?;
+        }
         self.jails.put(record.jail.as_str(), record)
     }
 
@@ -138,6 +159,14 @@ impl Folder {
         Ok(records)
     }
 
+    fn read_one<R: DeserializeOwned>(&self, key: &str) -> Result<Option<R>, DiskError> {
+        match read_record(self.path.join(format!("{key}.json"))) {
+            Ok(record) => Ok(Some(record)),
+            Err(DiskError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn put(&self, key: &str, record: &impl Serialize) -> Result<(), DiskError> {
         let (name, temporary) = (format!("{key}.json"), format!("{key}.new"));
         let path = self.path.join(&name);
@@ -184,6 +213,18 @@ fn read_record<R: DeserializeOwned>(path: PathBuf) -> Result<R, DiskError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slots_of_one_run_are_not_the_first_of_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Disk::open(dir.path()).unwrap();
+        let mut first = disk.read().unwrap().first_slot;
+        for _ in 0..3 {
+            let next = disk.read().unwrap().first_slot;
+            assert!(next >= first + SLOTS_PER_MARK, "{next} after {first}");
+            first = next;
+        }
+    }
 
     #[test]
     fn records_are_found_again_and_half_written_ones_are_not() {

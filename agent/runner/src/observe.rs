@@ -60,7 +60,10 @@ impl Figures {
 
 impl Server {
     pub fn observe(&mut self, to: To) {
-        let fresh = self.figures.seen.is_some_and(|seen| seen.elapsed() < FIGURES_AGE_MAX);
+        let surveyed = |id| self.figures.survey.images.iter().any(|(seen, ..)| seen == id);
+        // An image that was just made has figures as well.
+        let fresh = self.figures.seen.is_some_and(|seen| seen.elapsed() < FIGURES_AGE_MAX)
+            && self.tables.images.values().all(surveyed);
         if fresh || self.figures.is_late(Instant::now()) {
             return self.answer_world(to);
         }

@@ -124,6 +124,7 @@ fn tables(records: Records, found: &[Found], boot: &str, site: &Site<'_>) -> Res
             tables.insert_jail(Jail::new(record.clone(), phase(&record, boot)));
         }
     }
+    tables.give_slots_from(records.first_slot);
     Ok(tables)
 }
 

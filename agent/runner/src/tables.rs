@@ -203,6 +203,11 @@ pub struct Tables {
 }
 
 impl Tables {
+    /// The search for a free slot goes on from this one.
+    pub fn give_slots_from(&mut self, first_slot: u32) {
+        self.next_slot = first_slot;
+    }
+
     /// A pair of addresses that no jail has.
     pub fn free_slot(&self, slots: u32) -> Option<u32> {
         let taken: BTreeSet<u32> = self.jails.values().filter_map(|jail| jail.record.slot).collect();
