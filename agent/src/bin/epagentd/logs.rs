@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 use epagent_core::name::JailId;
 use epagent_wire::runner::Request;
@@ -16,6 +17,11 @@ use crate::runner::{CallError, Runner};
 
 /// How far back a tail looks, in bytes of one file.
 const TAIL_BYTES_MAX: u64 = 1 << 20;
+/// The log writer's record of a jail's end.
+const RECORD: &str = "exit.json";
+/// How long the log writer of a jail that ended is waited for.
+const WRITER_PATIENCE: Duration = Duration::from_secs(2);
+const WRITER_POLL: Duration = Duration::from_millis(10);
 /// How much a follower takes at a time.
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -44,6 +50,22 @@ pub async fn open(runner: &Runner, jail: &JailId, lines: usize) -> Result<(Vec<L
     let opened = tokio::task::spawn_blocking(move || tail(folder, lines)).await;
     let (lines, reader) = opened.map_err(std::io::Error::other)??;
     Ok((lines, Follower(Some(reader))))
+}
+
+/// The last lines of a jail that has ended. The end is told before the log writer has written everything that was
+/// printed; its record of the end is what it writes last, and is waited for.
+pub async fn last_lines(runner: &Runner, jail: &JailId, lines: usize) -> Result<Vec<Line>, LogError> {
+    let answer = runner.call_with(Request::LogOpen { jail: jail.clone() }, Vec::new()).await?;
+    let folder = answer.fds.into_iter().next().ok_or(CallError::Unexpected)?;
+    let read = tokio::task::spawn_blocking(move || {
+        let deadline = Instant::now() + WRITER_PATIENCE;
+        while open_in(&folder, RECORD)?.is_none() && Instant::now() < deadline {
+            std::thread::sleep(WRITER_POLL);
+        }
+        tail(folder, lines)
+    });
+    let (lines, _) = read.await.map_err(std::io::Error::other)??;
+    Ok(lines)
 }
 
 /// Reads a log from some point on, through rotation. Empty after a read that failed.

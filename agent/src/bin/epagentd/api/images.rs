@@ -116,8 +116,8 @@ async fn job_failed(parts: &Parts, jail: &JailId, image: &ImageName, how: &str) 
 }
 
 async fn last_lines(parts: &Parts, jail: &JailId) -> Vec<String> {
-    match logs::open(&parts.runner, jail, ERROR_LINES_MAX).await {
-        Ok((lines, _)) => lines.into_iter().map(|line| line.text).collect(),
+    match logs::last_lines(&parts.runner, jail, ERROR_LINES_MAX).await {
+        Ok(lines) => lines.into_iter().map(|line| line.text).collect(),
         Err(_) => Vec::new(),
     }
 }

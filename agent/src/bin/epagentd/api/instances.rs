@@ -22,6 +22,8 @@ use crate::logs::{self, Follower};
 
 /// How often followed logs are looked at.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
+/// How long the first picture of the world is waited for.
+const FIRST_PICTURE: Duration = Duration::from_secs(2);
 /// Lines of one answer.
 const LINES_DEFAULT: usize = 100;
 const LINES_MAX: usize = 10_000;
@@ -48,7 +50,11 @@ pub async fn list(
 pub async fn of(parts: &Parts, app: Option<&AppName>) -> Result<Vec<api::Instance>> {
     let live = parts.store.instances_live(app).await?;
     let ended = parts.store.instances_ended(app).await?;
-    let world = parts.worlds.latest();
+    // Just after the agent's start there is no picture yet; one is waited for, unless the runner is away.
+    let world = match parts.worlds.latest() {
+        Some(world) => Some(world),
+        None => tokio::time::timeout(FIRST_PICTURE, parts.worlds.fresh()).await.ok().flatten(),
+    };
     let jails: HashMap<&JailId, _> =
         world.iter().flat_map(|world| &world.jails).map(|jail| (&jail.id, jail)).collect();
     let shown = live.into_iter().map(|row| {

@@ -207,7 +207,7 @@ impl AppLoop {
     ) -> Result<(), RoundError> {
         let mut findings = Findings::default();
         if let Some(jail) = jail {
-            findings.log = self.last_lines(jail).await;
+            findings.log = self.last_lines(jail, !matches!(cause, Cause::Unhealthy { .. })).await;
             if let Ok(Reply::Inspect(found)) =
                 self.parts.runner.call(Request::Inspect { jail: jail.clone() }).await
             {
@@ -221,9 +221,14 @@ impl AppLoop {
     }
 
     /// What the jail printed last. A log that can't be read is told in its place: the verdict matters more.
-    async fn last_lines(&self, jail: &JailId) -> Vec<String> {
-        match logs::open(&self.parts.runner, jail, LOG_LINES_MAX).await {
-            Ok((lines, _)) => lines.into_iter().map(|line| line.text).collect(),
+    async fn last_lines(&self, jail: &JailId, ended: bool) -> Vec<String> {
+        let runner = &self.parts.runner;
+        let read = match ended {
+            true => logs::last_lines(runner, jail, LOG_LINES_MAX).await,
+            false => logs::open(runner, jail, LOG_LINES_MAX).await.map(|(lines, _)| lines),
+        };
+        match read {
+            Ok(lines) => lines.into_iter().map(|line| line.text).collect(),
             Err(error) => vec![format!("(its log can't be read: {})", chain(&error))],
         }
     }
