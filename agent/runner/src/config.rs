@@ -109,6 +109,14 @@ pub struct Network {
     pub allow: Vec<Cidr>,
 }
 
+impl Network {
+    /// The node's blocks, as base and length of the prefix.
+    pub fn blocks(&self) -> impl Iterator<Item = (IpAddr, u8)> {
+        let v6 = self.v6.map(|block| (IpAddr::V6(block.base), block.len));
+        std::iter::once((IpAddr::V4(self.v4.base), self.v4.len)).chain(v6)
+    }
+}
+
 /// What builds get beside what their manifest says.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]

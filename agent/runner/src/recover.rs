@@ -56,6 +56,9 @@ pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
         allowed: config.network.allow.clone(),
     })?;
     net::enable_forwarding(config.node)?;
+    for (base, prefix) in config.network.blocks() {
+        net::guard_block(base, prefix)?;
+    }
     skeleton::ensure(&pool)?;
 
     let boot = boot_id()?;

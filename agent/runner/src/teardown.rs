@@ -37,6 +37,7 @@ pub fn teardown(config: &Config, grace_ms: u64) -> Result<(), String> {
     step("stop jails", stop_jails(config, grace_ms));
     step("remove interfaces", sweep::remove_links(config.node, &[]).map(drop).map_err(|error| error.chain()));
     step("remove the packet filter", net::remove_firewall(config.node).map_err(|error| error.chain()));
+    step("remove the route of the block", unguard(config));
     step("put forwarding back", net::disable_forwarding(config.node).map_err(|error| error.chain()));
     step("close the pool", close_pool(config));
     step("forget jails", forget_jails(config));
@@ -70,6 +71,11 @@ fn stop_jails(config: &Config, grace_ms: u64) -> Result<(), String> {
     }
     cgroups.remove().unwrap_or_else(|error| faults.push(error.chain()));
     if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) }
+}
+
+fn unguard(config: &Config) -> Result<(), String> {
+    let undone = config.network.blocks().map(|(base, prefix)| net::unguard_block(base, prefix));
+    undone.collect::<Result<(), _>>().map_err(|error| error.chain())
 }
 
 /// Not one that is not there: opening it would make it.

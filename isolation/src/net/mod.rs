@@ -13,10 +13,12 @@
 pub(crate) mod link;
 pub(crate) mod rtnl;
 
+mod block;
 mod firewall;
 mod forwarding;
 mod resolvers;
 
+pub use block::{guard_block, unguard_block};
 pub use firewall::{Cidr, FirewallConfig, install_firewall, remove_firewall};
 pub use forwarding::{disable_forwarding, enable_forwarding};
 pub use resolvers::resolvers;

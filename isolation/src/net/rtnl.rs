@@ -115,6 +115,15 @@ impl Rtnl {
         self.change(libc::RTM_NEWROUTE, NLM_F_NEW, message)
     }
 
+    /// A route that answers "host unreachable" for what no more specific one takes.
+    pub(crate) fn add_unreachable(&mut self, base: IpAddr, prefix: u8) -> io::Result<()> {
+        self.change(libc::RTM_NEWROUTE, NLM_F_NEW, unreachable(base, prefix))
+    }
+
+    pub(crate) fn delete_unreachable(&mut self, base: IpAddr, prefix: u8) -> io::Result<()> {
+        self.change(libc::RTM_DELROUTE, 0, unreachable(base, prefix))
+    }
+
     /// All links of this namespace.
     pub(crate) fn links(&mut self) -> io::Result<Vec<Link>> {
         let mut links = Vec::new();
@@ -289,6 +298,16 @@ fn aligned(length: usize) -> usize {
 /// The 32-bit number at the start of `bytes`; 0 if there are too few.
 fn number(bytes: &[u8]) -> u32 {
     bytes.first_chunk().map_or(0, |chunk| u32::from_ne_bytes(*chunk))
+}
+
+fn unreachable(base: IpAddr, prefix: u8) -> Message {
+    let [table, protocol] = [libc::RT_TABLE_MAIN, libc::RTPROT_STATIC];
+    let header =
+        [family(base), prefix, 0, 0, table, protocol, libc::RT_SCOPE_UNIVERSE, libc::RTN_UNREACHABLE];
+    let mut message = Message(header.to_vec());
+    message.0.extend(0u32.to_ne_bytes());
+    message.address(libc::RTA_DST, base);
+    message
 }
 
 #[cfg(test)]
