@@ -276,11 +276,14 @@ impl DevHost {
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("ps --json: {error}\n{text}"))
     }
 
-    /// The healthy instances of an app, by index.
+    /// The healthy instances of an app that have a process, by index.
     #[track_caller]
     pub fn healthy(&self, app: &str) -> Vec<Instance> {
-        let mut rows: Vec<Instance> =
-            self.ps().into_iter().filter(|row| row.app == app && row.state == "healthy").collect();
+        let mut rows: Vec<Instance> = self
+            .ps()
+            .into_iter()
+            .filter(|row| row.app == app && row.state == "healthy" && row.pid.is_some())
+            .collect();
         rows.sort_by_key(|row| (row.process.clone(), row.index));
         rows
     }
