@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, statfs};
 use nix::sys::utsname::uname;
 use nix::unistd::geteuid;
 
@@ -25,6 +26,7 @@ pub fn report(config: &Config) -> Result<(), String> {
         ("root", refuse_without_root()),
         ("kernel", kernel()),
         ("btrfs", btrfs(config)),
+        ("pool", pool(config)),
         ("nft", program("nft", "nftables")),
         (
             "cgroups",
@@ -74,6 +76,34 @@ fn btrfs(config: &Config) -> Result<(), String> {
     match &config.pool {
         Pool::Loop { file, .. } if !file.exists() => program("mkfs.btrfs", "btrfs-progs"),
         _ => Ok(()),
+    }
+}
+
+fn pool(config: &Config) -> Result<(), String> {
+    match &config.pool {
+        Pool::Path { path } => {
+            let found = statfs(path).map_err(|error| format!("{}: {error}", path.display()))?;
+            match found.filesystem_type() == BTRFS_SUPER_MAGIC {
+                true => Ok(()),
+                false => Err(format!("{} is not on btrfs", path.display())),
+            }
+        }
+        Pool::Loop { file, .. } if file.exists() => Ok(()),
+        Pool::Loop { file, size, .. } => {
+            let folder = file.parent().unwrap_or(Path::new("/"));
+            let found = statfs(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+            let free_bytes =
+                found.blocks_available().saturating_mul(u64::try_from(found.block_size()).unwrap_or(0));
+            match free_bytes >= size.0 {
+                true => Ok(()),
+                false => Err(format!(
+                    "{} has {} MiB free, and the pool is to have {} MiB",
+                    folder.display(),
+                    free_bytes >> 20,
+                    size.0 >> 20
+                )),
+            }
+        }
     }
 }
 

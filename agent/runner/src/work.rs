@@ -23,6 +23,8 @@ use crate::tables::{AppRecord, JailRecord, ReleaseRecord};
 
 /// The two log files of a jail and its exit record fit in.
 const LOG_QUOTA: Quota = Quota::mib(32);
+/// What a job may write however full the pool is; the pool's own limit still holds.
+const JOB_BYTES_MIN: u64 = 64 << 20;
 
 /// What one child does.
 #[derive(Debug, Clone)]
@@ -220,6 +222,13 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// A job may fill at most half of what tenants have left, so that its neighbours go on writing meanwhile.
+fn capped(pool: &Pool, quota: Quota) -> Result<Quota, WorkError> {
+    let usage = pool.usage()?;
+    let left_bytes = usage.tenant_limit_bytes.saturating_sub(usage.tenant_used_bytes);
+    Ok(Quota::bytes(quota.limit_bytes.min((left_bytes / 2).max(JOB_BYTES_MIN))))
+}
+
 /// Does it. Called in a child; the loop never calls it except before it serves.
 pub fn perform(work: &Work, site: &Site<'_>) -> Result<Outcome, WorkError> {
     let Site { pool, disk, .. } = *site;
@@ -229,7 +238,7 @@ pub fn perform(work: &Work, site: &Site<'_>) -> Result<Outcome, WorkError> {
         Work::ImageStage { job, image, quota } => {
             disk.put_jail(job)?;
             log_folder(&job.jail, site)?;
-            pool.image_stage(&job.image_staging(), &image_name(image)?, *quota)?;
+            pool.image_stage(&job.image_staging(), &image_name(image)?, capped(pool, *quota)?)?;
         }
         Work::ImageConclude { job, image, publish, in_use } => {
             return conclude_image(job, image, *publish, in_use, site);
@@ -245,7 +254,8 @@ pub fn perform(work: &Work, site: &Site<'_>) -> Result<Outcome, WorkError> {
             pool.staging_abort(&release.staging())?;
             let (app, number) = (app_name(&release.app)?, release_id(release.release)?);
             let base = Base::Image(release.image.clone());
-            let tree = pool.release_stage(&release.staging(), &app, &number, &base, *quota)?;
+            let quota = capped(pool, *quota)?;
+            let tree = pool.release_stage(&release.staging(), &app, &number, &base, quota)?;
             make_app_folder(&tree)?;
             return Ok(Outcome::Tree { has_ca_bundle: has_ca_bundle(&tree) });
         }
