@@ -7,7 +7,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use epagent_isolation::monitor::protocol::State;
-use support::{Node, PATIENCE};
+use support::{Node, patience};
 
 const STARTS: usize = 40;
 
@@ -23,7 +23,7 @@ fn a_start_with_network_takes_milliseconds_and_the_monitor_a_few_pages() {
         let begun = Instant::now();
         let mut jail = node.start(&spec);
         while jail.client.next_event().unwrap().is_none() {
-            assert!(begun.elapsed() < PATIENCE, "no event");
+            assert!(begun.elapsed() < patience(), "no event");
             std::thread::sleep(Duration::from_micros(100));
         }
         times_us.push(begun.elapsed().as_micros());

@@ -160,11 +160,10 @@ fn a_root_on_a_shared_mount_starts_and_shares_nothing_with_the_host() {
     let node = Node::new();
     let shared = node.dir.join("shared");
     fs::create_dir(&shared).unwrap();
-    // As every mount is under systemd.
-    let flags = nix::mount::MsFlags::empty();
-    nix::mount::mount(Some("tmpfs"), &shared, Some("tmpfs"), flags, None::<&str>).unwrap();
-    let mounted = Unmount(&shared);
+    // As every mount is under systemd. A bind mount, since a tmpfs can't be idmapped before Linux 6.3.
     let none = None::<&str>;
+    nix::mount::mount(Some(&shared), &shared, none, nix::mount::MsFlags::MS_BIND, none).unwrap();
+    let mounted = Unmount(&shared);
     nix::mount::mount(none, &shared, none, nix::mount::MsFlags::MS_SHARED, none).unwrap();
     let root = image(&node, "shared/root", |_| {});
     let script = "grep -c -e shared: -e master: /proc/self/mountinfo; ls /usr/bin/env";

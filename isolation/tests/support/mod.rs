@@ -20,12 +20,16 @@ use epagent_isolation::monitor::record::ExitRecord;
 use epagent_isolation::spec::*;
 use epagent_isolation::{net, sweep};
 
-/// Longest wait for anything in a test.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest wait for anything in a test. `EPAGENT_TEST_SLOWNESS` says how many times longer everything takes where
+/// the processor is emulated.
+pub fn patience() -> Duration {
+    let times = std::env::var("EPAGENT_TEST_SLOWNESS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+    Duration::from_secs(20) * times
+}
 
 /// Polls until `condition` gives something.
 pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         if let Some(value) = condition() {
             return value;
