@@ -104,7 +104,8 @@ setup-vm: setup
 
 vm-test: root setup-vm build
 	@cargo nextest --version >/dev/null 2>&1 || cargo install cargo-nextest --locked
-	$(ROOT_SUITES) EPAGENT_TEST_VM=1 EPAGENT_PROFILE=$(PROFILE) \
+	cargo nextest list --cargo-profile $(PROFILE) --workspace --list-type binaries-only --message-format json > $(BUILT)/tests.json
+	$(ROOT_SUITES) EPAGENT_TEST_VM=1 EPAGENT_TEST_LIST=$(BUILT)/tests.json \
 	  cargo nextest run --cargo-profile $(PROFILE) --workspace --profile vm \
 	    -E 'package(epagent-tests) & binary(vm)$(if $(T), & test(/$(T)/))'
 

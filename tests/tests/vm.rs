@@ -188,7 +188,7 @@ fn assert_limits(vm: &Vm) {
         assert_eq!(read("pids.max"), HELLO_PIDS);
         assert!(!read("cpu.max").starts_with("max"), "no processor limit: {}", read("cpu.max"));
         let shown = "cd $0; grep -H . cgroup.controllers cpu.max cpu.weight memory.high memory.swap.max io.max || true";
-        println!("{}", vm.succeed(&format!("{}", shown.replace("$0", cgroup))));
+        println!("{}", vm.succeed(&shown.replace("$0", cgroup)));
     }
 }
 
@@ -196,9 +196,7 @@ fn assert_limits(vm: &Vm) {
 #[track_caller]
 fn kill_part(vm: &Vm, part: &str) {
     // By the executable: parts that are started from a descriptor have a number for a name.
-    let find = format!(
-        "for p in /proc/[0-9]*; do case $(readlink $p/exe) in */{part}) echo ${{p#/proc/}};; esac; done"
-    );
+    let find = format!("find /proc -maxdepth 2 -name exe -lname '*/{part}' 2>/dev/null | cut -d/ -f3");
     let old = vm.succeed(&find);
     assert_eq!(old.lines().count(), 1, "{part}: {old:?}");
     vm.succeed(&format!("kill -9 {old}"));
@@ -217,7 +215,8 @@ command = "sleep 1001 & sleep 1002 & python3 -c 'b = bytearray(300 << 20)'; slee
 [process.web.limits]
 memory = "64M"
 [process.web.health]
-deadline = "60s"
+http = "/"
+deadline = "120s"
 END"#,
     );
     let ran = epagent(vm, "deploy /root/hog");
@@ -325,6 +324,9 @@ fn suites_pass(release: Release) {
     for binary in &binaries {
         for result in vm.run_tests(binary, &[&test]) {
             println!("{} {result}", release.name());
+            if let Outcome::Failed(why) = &result.outcome {
+                println!("{why}");
+            }
             results.push(result);
         }
     }

@@ -42,18 +42,10 @@ pub struct Result {
     pub took: Duration,
 }
 
-/// What cargo has built for the tests of some packages, and where. Builds what is not there yet, in the profile
-/// that `EPAGENT_PROFILE` names.
+/// What cargo has built for the tests of some packages, and where.
 #[track_caller]
 pub fn built(packages: &[&str]) -> (Vec<Binary>, Vec<PathBuf>) {
-    let profile = std::env::var("EPAGENT_PROFILE").unwrap_or_else(|_| "release".to_owned());
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let mut list = Command::new(cargo);
-    // The whole workspace, since the features of shared crates depend on who is built together.
-    list.args(["nextest", "list", "--workspace", "--list-type", "binaries-only", "--message-format", "json"])
-        .args(["--cargo-profile", &profile])
-        .current_dir(workspace());
-    let text = command::start(&mut list).wait(Duration::from_secs(1800)).ok();
+    let text = list();
     let listed: Value =
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("what nextest lists: {error}"));
     let is_wanted = |package: &str| packages.iter().any(|wanted| package.contains(&format!("/{wanted}#")));
@@ -64,7 +56,7 @@ pub fn built(packages: &[&str]) -> (Vec<Binary>, Vec<PathBuf>) {
             Binary {
                 name: word("binary-id").trim_start_matches("epagent-").to_owned(),
                 path: word("binary-path").into(),
-                folder: binary["cwd"].as_str().map_or_else(workspace, PathBuf::from),
+                folder: folder_of(word("package-id")),
             }
         });
     let target = Path::new(listed["rust-build-meta"]["target-directory"].as_str().unwrap_or_default());
@@ -75,6 +67,24 @@ pub fn built(packages: &[&str]) -> (Vec<Binary>, Vec<PathBuf>) {
         .filter_map(|program| program["path"].as_str())
         .map(|path| target.join(path));
     (binaries.collect(), programs.collect())
+}
+
+/// The test binaries of the workspace as nextest lists them: from the file that `EPAGENT_TEST_LIST` names, else
+/// asked of cargo, which builds what is not there yet in the profile that `EPAGENT_PROFILE` names.
+#[track_caller]
+fn list() -> String {
+    if let Some(path) = std::env::var_os("EPAGENT_TEST_LIST") {
+        return std::fs::read_to_string(&path)
+            .unwrap_or_else(|error| panic!("EPAGENT_TEST_LIST, {}: {error}", path.display()));
+    }
+    let profile = std::env::var("EPAGENT_PROFILE").unwrap_or_else(|_| "release".to_owned());
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let mut list = Command::new(cargo);
+    // The whole workspace, since the features of shared crates depend on who is built together.
+    list.args(["nextest", "list", "--workspace", "--list-type", "binaries-only", "--message-format", "json"])
+        .args(["--cargo-profile", &profile])
+        .current_dir(workspace());
+    command::start(&mut list).wait(Duration::from_secs(1800)).ok()
 }
 
 /// The binaries with all they need, for a guest.
@@ -102,9 +112,10 @@ impl Vm {
 
     fn run_test(&self, binary: &Binary, test: &str) -> Result {
         let script = format!(
-            "cd {} && EPAGENT_BIN_DIR={} RUST_BACKTRACE=0 {} --exact '{test}' --nocapture --test-threads=1",
+            "cd {} && EPAGENT_BIN_DIR={} EPAGENT_TEST_SLOWNESS={} RUST_BACKTRACE=0 {} --exact '{test}' --nocapture --test-threads=1",
             binary.folder.display(),
             super::payload::BINARIES,
+            self.accel.scaled(Duration::from_secs(1)).as_secs(),
             binary.path.display()
         );
         let ran = self.run_within(&script, TEST);
@@ -121,6 +132,12 @@ impl Vm {
         };
         Result { test: format!("{}::{test}", binary.name), outcome, took: ran.took }
     }
+}
+
+/// Where a package lies, from cargo's id of it: `path+file:///FOLDER#NAME@VERSION`. Its tests run there.
+fn folder_of(package: &str) -> PathBuf {
+    let path = package.strip_prefix("path+file://").and_then(|rest| rest.split('#').next());
+    path.map_or_else(workspace, PathBuf::from)
 }
 
 /// The sources of this workspace.
