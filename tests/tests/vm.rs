@@ -11,6 +11,12 @@ use epagent_tests::vm::suite::{self, Outcome};
 use epagent_tests::vm::{Options, Release, Vm};
 
 const STATE: &str = "/var/lib/node";
+/// Tests that show nothing in a machine, and why not.
+const NOT_HERE: [(&str, &str); 3] = [
+    ("isolation::figures::", "it measures the processor, and this one is emulated"),
+    ("isolation::start::a_helper_by_descriptor", "it needs a C compiler, and a host of epagent has none"),
+    ("isolation::start::a_job_ends_at_its_deadline", "its 150 ms are over before an emulated start is"),
+];
 /// What the manifest of examples/hello asks for.
 const HELLO_MEMORY_BYTES: &str = "134217728";
 const HELLO_PIDS: &str = "64";
@@ -322,7 +328,7 @@ fn suites_pass(release: Release) {
     let vm = Vm::with(release, Options { payload, ..Options::default() });
     let mut results = Vec::new();
     for binary in &binaries {
-        for result in vm.run_tests(binary, &[&test]) {
+        for result in vm.run_tests(binary, &test, &NOT_HERE) {
             println!("{} {result}", release.name());
             if let Outcome::Failed(why) = &result.outcome {
                 println!("{why}");
@@ -338,12 +344,10 @@ fn suites_pass(release: Release) {
         count(|outcome| matches!(outcome, Outcome::Skipped(_))),
         count(|outcome| matches!(outcome, Outcome::Failed(_)))
     );
-    let failed: Vec<String> = results
+    let failed: Vec<&str> = results
         .iter()
-        .filter_map(|result| match &result.outcome {
-            Outcome::Failed(why) => Some(format!("{result}\n{why}")),
-            _ => None,
-        })
+        .filter(|result| matches!(result.outcome, Outcome::Failed(_)))
+        .map(|result| result.test.as_str())
         .collect();
-    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+    assert!(failed.is_empty(), "failed:\n{}", failed.join("\n"));
 }
