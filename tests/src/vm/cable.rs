@@ -53,10 +53,12 @@ impl Plug {
         format!("192.0.2.{}", self.index + 1)
     }
 
-    /// All forks were saved with one hardware address; each end has its own.
+    /// All forks were saved with one hardware address; each end has its own. After a boot the guest's agent may be
+    /// there before the card's driver is, so it is waited for, up to a minute.
     pub fn setup(&self) -> String {
         format!(
-            "ip link set eth0 down; ip link set eth0 address 52:54:00:00:02:{:02x}; \
+            "for try in $(seq 600); do test -e /sys/class/net/eth0 && break; sleep 0.1; done; \
+             ip link set eth0 down; ip link set eth0 address 52:54:00:00:02:{:02x}; \
              ip address add {}/24 dev eth0; ip link set eth0 up",
             self.index + 1,
             self.address()
