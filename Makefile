@@ -67,11 +67,11 @@ build: rust
 	cargo rustc --profile $(PROFILE) -p epagent-storage --bin epagent-unpack -- -C target-feature=+crt-static
 	@for bin in $(STATIC); do cp --remove-destination $(BUILT)/$$bin $(DIST)/$$bin; done
 
-# A toolchain without these components still builds and tests.
+# A toolchain without these components still builds and tests, and a newer one may warn of more: only CI fails for it.
 lint: rust
 	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; else echo "no rustfmt here: not checked"; fi
 	@if cargo clippy --version >/dev/null 2>&1; then \
-	  cargo clippy --profile $(PROFILE) --workspace --all-targets -- -D warnings; \
+	  cargo clippy --profile $(PROFILE) --workspace --all-targets $(if $(CI),-- -D warnings); \
 	else echo "no clippy here: not checked"; fi
 
 test: root setup build lint
