@@ -181,8 +181,7 @@ fn nothing_is_left_to_do_and_no_file_is_a_book() {
 #[test]
 fn nothing_names_the_machine_it_was_written_on() {
     // Put together here, so that this file does not name them either.
-    let banned =
-        [["/wo", "rk/"], ["/tmp/", "tgt"], ["/root", "/."], ["/tmp/help", "ers"]].map(|p| p.concat());
+    let banned = [["/wo", "rk/"], ["/tmp/", "tgt"], ["/tmp/help", "ers"]].map(|p| p.concat());
     for path in texts() {
         let Ok(text) = fs::read_to_string(&path) else { continue };
         for word in &banned {
