@@ -241,9 +241,7 @@ mod tests {
                 &paths.iter().enumerate().map(|(at, path)| (volume(at), (*path).to_owned())).collect(),
             )
         };
-        for path in
-            ["/data", "/app/media", "/var/lib/data", "/srv/a.b", "/home/x", "/processes"]
-        {
+        for path in ["/data", "/app/media", "/var/lib/data", "/srv/a.b", "/home/x", "/processes"] {
             assert!(check(&[path]).is_ok(), "{path:?} was refused");
         }
         for path in [
