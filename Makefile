@@ -87,8 +87,9 @@ soak: root setup build
 	$(ROOT_SUITES) EPAGENT_TEST_LOAD_SECONDS=120 EPAGENT_TEST_ROUNDS=20 \
 	  cargo nextest run --cargo-profile $(PROFILE) -p epagent-tests --profile soak
 
+# With the profile of the tests, so that nothing is built twice.
 bench: root setup build
-	cargo bench --workspace
+	$(ROOT_SUITES) cargo bench --profile $(PROFILE) -p epagent-tests --bench front
 
 clean:
 	cargo clean
