@@ -45,11 +45,11 @@ pub fn report(config: &Config) -> Result<(), String> {
             Ok(()) => println!("ok    {what}"),
             Err(why) => {
                 println!("FAULT {what}: {why}");
-                faults.push(what);
+                faults.push(format!("{what}: {why}"));
             }
         }
     }
-    if faults.is_empty() { Ok(()) } else { Err(format!("this machine is not ready: {}", faults.join(", "))) }
+    if faults.is_empty() { Ok(()) } else { Err(format!("this machine is not ready: {}", faults.join("; "))) }
 }
 
 fn kernel() -> Result<(), String> {
