@@ -65,6 +65,7 @@ fn calls_that_open_the_kernel_are_refused_and_newer_ones_look_absent() {
         "TIOCSTI",
         "TIOCSTI high",
         "TIOCLINUX",
+        "subvolume",
         "socket raw",
         "chroot",
         "kmsg",
@@ -262,6 +263,8 @@ mod attacks {
                 c"x".as_ptr() as usize,
             );
             call3("TIOCLINUX", libc::SYS_ioctl, 0, libc::TIOCLINUX as usize, c"x".as_ptr() as usize);
+            // BTRFS_IOC_SUBVOL_CREATE
+            call3("subvolume", libc::SYS_ioctl, 0, 0x5000_940e, c"x".as_ptr() as usize);
             call3(
                 "mkfifo",
                 libc::SYS_mknodat,

@@ -238,6 +238,20 @@ pub(super) const SOCKET_FAMILIES: [c_int; 4] = [AF_UNIX, AF_INET, AF_INET6, AF_N
 pub(super) const NEW_NAMESPACES: [c_int; 7] =
     [CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET];
 
-/// ioctls that put input into a terminal or drive the console, compared as 32 bits: the kernel ignores the rest of
-/// the register, and a filter comparing 64 lets `TIOCSTI | 1 << 32` through.
-pub(super) const REFUSED_IOCTLS: [u64; 2] = [TIOCSTI, TIOCLINUX];
+/// ioctls that put input into a terminal or drive the console, and those that make btrfs subvolumes, which escape a
+/// quota on kernels with ordinary quota groups only. Compared as 32 bits: the kernel ignores the rest of the register,
+/// and a filter comparing 64 lets `TIOCSTI | 1 << 32` through.
+pub(super) const REFUSED_IOCTLS: [u64; 6] = [
+    TIOCSTI,
+    TIOCLINUX,
+    BTRFS_IOC_SNAP_CREATE,
+    BTRFS_IOC_SUBVOL_CREATE,
+    BTRFS_IOC_SNAP_CREATE_V2,
+    BTRFS_IOC_SUBVOL_CREATE_V2,
+];
+
+/// linux/btrfs.h: `_IOW(0x94, number, struct)`, both structs of 4096 bytes.
+const BTRFS_IOC_SNAP_CREATE: u64 = 0x5000_9401;
+const BTRFS_IOC_SUBVOL_CREATE: u64 = 0x5000_940e;
+const BTRFS_IOC_SNAP_CREATE_V2: u64 = 0x5000_9417;
+const BTRFS_IOC_SUBVOL_CREATE_V2: u64 = 0x5000_9418;
