@@ -97,7 +97,7 @@ fn an_instance_serves_is_looked_at_and_goes_without_a_trace() {
     let exit = stop(&mut client, &jail);
     assert_eq!(exit.signal, Some(15), "{exit:?}");
     assert!(matches!(client.jail(&jail).unwrap().state, JailState::Exited(_)));
-    assert!(!is_alive(pid));
+    eventually("the end of the process", || !is_alive(pid));
     client.done(Request::Forget { jail: jail.clone() });
     client.done(Request::Forget { jail: jail.clone() });
     assert!(client.jail(&jail).is_none());
@@ -283,7 +283,7 @@ fn a_jail_whose_monitor_was_killed_is_lost_and_told() {
     nix::sys::signal::kill(monitor_of(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
     let exit = client.exit(&jail);
     assert!(exit.monitor_lost, "{exit:?}");
-    assert!(!is_alive(pid));
+    eventually("the end of the process", || !is_alive(pid));
     node.kill();
     node.run();
     let mut client = node.connect();
