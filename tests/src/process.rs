@@ -49,6 +49,13 @@ pub fn is_alive(pid: i32) -> bool {
     read(pid).is_some_and(|process| process.state != 'Z' && process.state != 'X')
 }
 
+/// Whether all threads of a process have ended. A leader is a zombie while others still run, and what they hold, a
+/// ring that accepts connections for one, is at work until the last is gone.
+pub fn has_ended(pid: i32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    threads == 0 || (threads == 1 && !is_alive(pid))
+}
+
 /// The processes below `ancestor`, any number of steps.
 pub fn descendants(ancestor: i32) -> Vec<Process> {
     let everyone = all();
