@@ -1,10 +1,10 @@
 //! The embedded default: a pool in a file, allocated, formatted, attached and mounted by us.
 //!
 //! ```text
-//!  (nothing) ──allocate──▶ FILE.partial ──mkfs, fsync──▶ FILE ──attach──▶ /dev/loopN ──mount──▶ mount point
+//!  (nothing) ──allocate──▶ FILE.partial-PID ──mkfs, fsync──▶ FILE ──attach──▶ /dev/loopN ──mount──▶ mount point
 //! ```
 //!
-//! `FILE` appears by a rename, so it is always a complete file system; a leftover `FILE.partial` is removed. All of it
+//! `FILE` appears by a rename, so it is always a complete file system; leftovers of `FILE.partial-PID` are removed. All of it
 //! runs under the lock on `FILE.lock`.
 
 use std::fs::{self, File, Permissions};
@@ -94,15 +94,33 @@ pub(super) fn lock_path(file: &Path) -> PathBuf {
     beside(file, ".lock")
 }
 
+/// What the name of an unfinished pool file ends in, before the number of the process that makes it.
+const PARTIAL: &str = ".partial";
+
+/// Removes what openers that were killed left behind.
+fn remove_partials(file: &Path) -> Result<()> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let begin = beside(Path::new(file.file_name().unwrap_or_default()), PARTIAL);
+    let failed = |e| Error::io("look for unfinished pool files in", folder.display(), e);
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_name().as_encoded_bytes().starts_with(begin.as_os_str().as_encoded_bytes()) {
+            match fs::remove_file(entry.path()) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", entry.path().display(), e));
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Makes the pool file unless it is there; true when it did.
 fn make_file(file: &Path, new: impl FnOnce() -> Result<(u64, Allocation)>) -> Result<bool> {
-    let partial = beside(file, ".partial");
-    match fs::remove_file(&partial) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            return Err(Error::io("remove", partial.display(), e));
-        }
-        _ => {}
-    }
+    remove_partials(file)?;
+    // A name of our own: the mkfs of an opener that was killed may run on and opens its file by name again.
+    let partial = beside(file, &format!("{PARTIAL}-{}", std::process::id()));
     if fs::exists(file).map_err(|e| Error::io("stat", file.display(), e))? {
         check_magic(file)?;
         return Ok(false);
