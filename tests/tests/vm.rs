@@ -222,7 +222,7 @@ fn kill_part(vm: &Vm, part: &str) {
 /// One process of several takes more memory than the instance may: all of them die, and the verdict says why.
 fn hog_dies_as_a_whole(vm: &Vm) {
     vm.succeed(
-        r#"mkdir -p /root/hog && cat > /root/hog/epagent.toml <<'END'
+        r#"mkdir -p /srv/hog && cat > /srv/hog/epagent.toml <<'END'
 app = "hog"
 image = "host"
 [process.web]
@@ -234,7 +234,7 @@ http = "/"
 deadline = "120s"
 END"#,
     );
-    let ran = epagent(vm, "deploy /root/hog");
+    let ran = epagent(vm, "deploy /srv/hog");
     ran.clone().fails(3, &["out_of_memory"]);
     println!("{}", ran.stderr);
     vm.fail("pgrep -af 'sleep 100[123]'");

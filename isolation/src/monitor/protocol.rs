@@ -119,7 +119,7 @@ pub enum Answer {
     Status(Status),
     /// Done, or begun in the case of `stop` and `kill`.
     Ok,
-    /// The command runs as this session. With the PTY's master as descriptor when one was asked for.
+    /// The command runs as the session of this number. With the PTY's master as descriptor when one was asked for.
     Exec {
         session: u32,
         pid: i32,
