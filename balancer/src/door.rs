@@ -12,9 +12,8 @@ use crate::core::io::{Completion, ListenerId, Op};
 
 /// A way to the system's sockets. Used by one thread.
 pub trait Door {
-    /// Makes a listening socket known by this id. With `wants_peer`, accepted connections come with the
-    /// client's address.
-    fn add_listener(&mut self, id: ListenerId, socket: Arc<OwnedFd>, wants_peer: bool);
+    /// Makes a listening socket known by this id. Accepted connections come with the client's address.
+    fn add_listener(&mut self, id: ListenerId, socket: Arc<OwnedFd>);
 
     /// Forgets a listening socket; an accept that is armed on it ends when it is told to stop.
     fn remove_listener(&mut self, id: ListenerId);

@@ -9,14 +9,14 @@ use std::sync::Arc;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, sockopt};
 
 use crate::control::protocol::{ListenerStatus, Problem};
-use crate::core::engine::ListenerKind;
 use crate::core::io::ListenerId;
+use crate::core::listen::{Listen, Mode};
 use crate::ring::inherit::Inherited;
 use crate::table::{Match, Table};
 
 /// One listening socket.
 pub struct Listener {
-    pub kind: ListenerKind,
+    pub listen: Listen,
     pub socket: Arc<OwnedFd>,
     origin: Origin,
 }
@@ -69,9 +69,9 @@ impl Listeners {
     /// Takes over an inherited socket named `http` or `tcp-PORT`.
     pub fn inherit(&mut self, inherited: Inherited) -> Result<(), ListenError> {
         let Inherited { name, socket } = inherited;
-        let kind = match name.strip_prefix("tcp-").map(str::parse) {
-            Some(Ok(port)) => ListenerKind::Tcp { port },
-            _ if name == "http" => ListenerKind::Http,
+        let mode = match name.strip_prefix("tcp-").map(str::parse) {
+            Some(Ok(port)) => Mode::Tcp { port },
+            _ if name == "http" => Mode::Http,
             _ => return Err(ListenError::UnknownName { name }),
         };
         let listens = socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false);
@@ -79,14 +79,14 @@ impl Listeners {
             return Err(ListenError::NotListening { name });
         }
         prepare(&socket);
-        self.add(kind, socket, Origin::Inherited);
+        self.add(Listen::plain(mode), socket, Origin::Inherited);
         Ok(())
     }
 
     /// Binds a socket that stays.
-    pub fn bind(&mut self, kind: ListenerKind, address: SocketAddr) -> Result<(), ListenError> {
-        let socket = listen(address).map_err(|source| ListenError::Bind { address, source })?;
-        self.add(kind, socket, Origin::Fixed);
+    pub fn bind(&mut self, listen: Listen, address: SocketAddr) -> Result<(), ListenError> {
+        let socket = bound(address).map_err(|source| ListenError::Bind { address, source })?;
+        self.add(listen, socket, Origin::Fixed);
         Ok(())
     }
 
@@ -96,12 +96,12 @@ impl Listeners {
         let (mut added, mut problems) = (Vec::new(), Vec::new());
         for route in &table.routes {
             let Match::Port(port) = route.matches else { continue };
-            if self.all.values().any(|listener| listener.kind == (ListenerKind::Tcp { port })) {
+            if self.all.values().any(|listener| listener.listen.mode == (Mode::Tcp { port })) {
                 continue;
             }
             let address = SocketAddr::new(self.port_address, port);
-            match listen(address) {
-                Ok(socket) => added.push(self.add(ListenerKind::Tcp { port }, socket, Origin::Route)),
+            match bound(address) {
+                Ok(socket) => added.push(self.add(Listen::plain(Mode::Tcp { port }), socket, Origin::Route)),
                 Err(source) => {
                     let message = ListenError::Bind { address, source }.to_string();
                     problems.push(Problem { route: Some(route.id.clone()), message });
@@ -113,11 +113,11 @@ impl Listeners {
 
     /// Lets go of sockets that were bound for routes the table no longer has; returns their ids.
     pub fn unbind_for(&mut self, table: &Table) -> Vec<ListenerId> {
-        let wanted = |kind: ListenerKind| match kind {
-            ListenerKind::Http => true,
-            ListenerKind::Tcp { port } => table.routes.iter().any(|route| route.matches == Match::Port(port)),
+        let wanted = |mode: Mode| match mode {
+            Mode::Http | Mode::Sni => true,
+            Mode::Tcp { port } => table.routes.iter().any(|route| route.matches == Match::Port(port)),
         };
-        let stale = |listener: &Listener| listener.origin == Origin::Route && !wanted(listener.kind);
+        let stale = |listener: &Listener| listener.origin == Origin::Route && !wanted(listener.listen.mode);
         let gone: Vec<ListenerId> =
             self.all.iter().filter(|(_, listener)| stale(listener)).map(|(id, _)| *id).collect();
         for id in &gone {
@@ -128,25 +128,22 @@ impl Listeners {
 
     pub fn status(&self) -> Vec<ListenerStatus> {
         let status = |listener: &Listener| ListenerStatus {
-            name: match listener.kind {
-                ListenerKind::Http => "http".to_owned(),
-                ListenerKind::Tcp { port } => format!("tcp-{port}"),
-            },
+            name: listener.listen.to_string(),
             address: local_address(&listener.socket).unwrap_or_default(),
             inherited: listener.origin == Origin::Inherited,
         };
         self.all.values().map(status).collect()
     }
 
-    fn add(&mut self, kind: ListenerKind, socket: OwnedFd, origin: Origin) -> ListenerId {
+    fn add(&mut self, listen: Listen, socket: OwnedFd, origin: Origin) -> ListenerId {
         let id = ListenerId(self.next_id);
         self.next_id += 1;
-        self.all.insert(id, Listener { kind, socket: Arc::new(socket), origin });
+        self.all.insert(id, Listener { listen, socket: Arc::new(socket), origin });
         id
     }
 }
 
-fn listen(address: SocketAddr) -> io::Result<OwnedFd> {
+fn bound(address: SocketAddr) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     socket::setsockopt(&socket, sockopt::ReuseAddr, &true)?;

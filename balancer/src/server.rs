@@ -22,8 +22,9 @@ use crate::access_log::AccessLog;
 use crate::control::protocol::{Ack, ErrorCode, Problem, Request, Response, Status};
 use crate::control::server::{ControlServer, refusal};
 use crate::core::config::Config;
-use crate::core::engine::{ListenerKind, Snapshot};
+use crate::core::engine::Snapshot;
 use crate::core::io::ListenerId;
+use crate::core::listen::Listen;
 use crate::listeners::{ListenError, Listeners};
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
@@ -53,7 +54,7 @@ pub struct Options {
     /// Inherited listeners.
     pub inherited: Vec<Inherited>,
     /// Listeners to bind at start.
-    pub bind: Vec<(ListenerKind, SocketAddr)>,
+    pub bind: Vec<(Listen, SocketAddr)>,
     /// Where to log requests, one JSON object per line.
     pub access_log: Option<PathBuf>,
     /// The table to start with where none is saved.
@@ -113,8 +114,8 @@ impl Server {
         for inherited in options.inherited {
             listeners.inherit(inherited)?;
         }
-        for (kind, address) in options.bind {
-            listeners.bind(kind, address)?;
+        for (listen, address) in options.bind {
+            listeners.bind(listen, address)?;
         }
         let control = options.control.map(|socket| ControlServer::new(socket, options.control_uid));
         let control = control.transpose().map_err(ServerError::Control)?;
@@ -254,7 +255,7 @@ impl Server {
         for (id, listener) in self.listeners.iter().filter(|(id, _)| ids.contains(id)) {
             for worker in &self.workers {
                 let socket = listener.socket.clone();
-                worker.send(Command::AddListener { id, kind: listener.kind, socket });
+                worker.send(Command::AddListener { id, listen: listener.listen, socket });
             }
         }
     }

@@ -11,8 +11,9 @@ use nix::sys::eventfd::EventFd;
 
 use crate::access_log::AccessLog;
 use crate::core::config::Config;
-use crate::core::engine::{Core, ListenerKind, Snapshot};
+use crate::core::engine::{Core, Snapshot};
 use crate::core::io::{ListenerId, Millis};
+use crate::core::listen::Listen;
 use crate::door::Door;
 use crate::ring::{Ring, RingError};
 use crate::table::Table;
@@ -26,7 +27,7 @@ pub enum Command {
     SetTable(Arc<Table>, Sender<()>),
     AddListener {
         id: ListenerId,
-        kind: ListenerKind,
+        listen: Listen,
         socket: Arc<OwnedFd>,
     },
     RemoveListener(ListenerId),
@@ -164,9 +165,9 @@ fn obey(command: Command, core: &mut Core, door: &mut impl Door, now: Millis) {
             // The asker may have stopped waiting.
             let _ = done.send(());
         }
-        Command::AddListener { id, kind, socket } => {
-            door.add_listener(id, socket, kind == ListenerKind::Http);
-            core.add_listener(id, kind);
+        Command::AddListener { id, listen, socket } => {
+            door.add_listener(id, socket);
+            core.add_listener(id, listen);
         }
         Command::RemoveListener(id) => {
             core.remove_listener(id);

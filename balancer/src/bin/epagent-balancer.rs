@@ -14,7 +14,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use epagent_balancer::control::client::Client;
 use epagent_balancer::core::config::Config;
-use epagent_balancer::core::engine::ListenerKind;
+use epagent_balancer::core::listen::{self, Listen};
 use epagent_balancer::ring::inherit;
 use epagent_balancer::server::{Options, Server, chain, log};
 use epagent_balancer::table::{Action, Defaults, Match, Proxy, Route, Table, Upstream, UpstreamState};
@@ -167,7 +167,7 @@ fn serve(args: ServeArgs) -> Result<(), String> {
         control_uid: args.control_uid,
         control,
         inherited,
-        bind: args.http.into_iter().map(|address| (ListenerKind::Http, address)).collect(),
+        bind: args.http.into_iter().map(|address| (Listen::plain(listen::Mode::Http), address)).collect(),
         ..common.options()
     })
 }
@@ -179,15 +179,15 @@ fn run(args: RunArgs) -> Result<(), String> {
         state: UpstreamState::Up,
     });
     let port = args.listen.port();
-    let (kind, matches) = match args.mode {
-        Mode::Http => (ListenerKind::Http, Match::Host("*".to_owned())),
-        Mode::Tcp => (ListenerKind::Tcp { port }, Match::Port(port)),
+    let (mode, matches) = match args.mode {
+        Mode::Http => (listen::Mode::Http, Match::Host("*".to_owned())),
+        Mode::Tcp => (listen::Mode::Tcp { port }, Match::Port(port)),
     };
     let action = Action::Proxy(Proxy { upstreams: upstreams.collect() });
     let route = Route { id: "run".to_owned(), matches, action, hold: None };
     let table = Table { version: 0, routes: vec![route], defaults: Defaults::default() };
     table.validate().map_err(|error| chain(&error))?;
-    start(Options { bind: vec![(kind, args.listen)], table, ..args.common.options() })
+    start(Options { bind: vec![(Listen::plain(mode), args.listen)], table, ..args.common.options() })
 }
 
 fn start(options: Options) -> Result<(), String> {

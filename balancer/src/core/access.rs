@@ -3,7 +3,7 @@
 //! Every request that is counted in `requests`, and every refusal, is noted exactly once, when it ends; so
 //! the log reconciles with the counters.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::Serialize;
 
@@ -39,7 +39,7 @@ impl Core {
     /// Notes a request's end.
     pub(super) fn note(
         &mut self,
-        client: Option<IpAddr>,
+        client: Option<SocketAddr>,
         request: Option<&Request>,
         outcome: &'static str,
         status: Option<u16>,
@@ -50,7 +50,7 @@ impl Core {
         }
         let upstream = upstream.and_then(|key| self.upstreams.get(key)).map(|upstream| upstream.id.clone());
         self.access.push(Access {
-            client,
+            client: client.map(|client| client.ip().to_canonical()),
             host: request.map(|request| request.host.clone()).unwrap_or_default(),
             request: request.map(Request::line).unwrap_or_default(),
             status,

@@ -110,7 +110,8 @@ impl Core {
         http.scanned = 0;
         http.head_since = None;
         let address = http.address;
-        let judged = head::parse_request(&chunk[start..end]).and_then(|head| request::plan(&head, address));
+        let peer = address.map(|address| address.ip());
+        let judged = head::parse_request(&chunk[start..end]).and_then(|head| request::plan(&head, peer));
         match judged {
             Ok(plan) => self.begin(id, plan),
             Err(error) => return self.refuse(id, Answer::Refused(error)),
@@ -212,7 +213,7 @@ impl Sock {
     pub(super) fn is_waiting(&self) -> bool {
         match &self.role {
             Role::Http(http) => http.phase == Phase::Waiting,
-            Role::Tcp { .. } => true,
+            Role::Tcp(_) => true,
             _ => false,
         }
     }

@@ -88,7 +88,7 @@ impl Core {
         self.touch(id);
         match client.and_then(|client| self.socks.get(client)).map(|sock| &sock.role) {
             Some(Role::Http(_)) => self.start_exchange(id),
-            Some(Role::Tcp { .. }) => self.start_tunnel(id, key),
+            Some(Role::Tcp(_)) => self.start_tunnel(id, key),
             _ => self.discard_upstream(id, true),
         }
     }

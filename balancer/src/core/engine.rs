@@ -9,13 +9,15 @@
 //! that follows from it, and what follows is decided in one place.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
 
 use super::access::Access;
 use super::chunk::Chunk;
 use super::config::Config;
 use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
+use super::listen::{Listen, Mode};
 use super::routes::Routes;
-use super::session::{Finish, HttpClient, Recv, Role, Sock, Wait};
+use super::session::{Finish, HttpClient, Recv, Role, Sock, TcpClient, Wait};
 use super::slab::Slab;
 use super::timers::Timers;
 use super::upstreams::Upstreams;
@@ -45,19 +47,9 @@ pub struct Core {
     accept_after: Option<Millis>,
 }
 
-/// What is accepted on a listener.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ListenerKind {
-    Http,
-    /// Plain TCP, by the route of this port.
-    Tcp {
-        port: u16,
-    },
-}
-
 #[derive(Debug)]
 struct Listener {
-    kind: ListenerKind,
+    listen: Listen,
     recv: Recv,
     removed: bool,
 }
@@ -120,8 +112,8 @@ impl Core {
     }
 
     /// Starts accepting on a listener.
-    pub fn add_listener(&mut self, id: ListenerId, kind: ListenerKind) {
-        self.listeners.insert(id, Listener { kind, recv: Recv::Off, removed: false });
+    pub fn add_listener(&mut self, id: ListenerId, listen: Listen) {
+        self.listeners.insert(id, Listener { listen, recv: Recv::Off, removed: false });
     }
 
     /// Stops accepting on a listener, and forgets it.
@@ -182,23 +174,30 @@ impl Core {
         }
     }
 
-    fn accepted(&mut self, listener: ListenerId, raw: RawSocket, peer: Option<std::net::IpAddr>) {
-        let kind = self.listeners.get(&listener).map(|listener| listener.kind);
+    fn accepted(&mut self, listener: ListenerId, raw: RawSocket, peer: Option<SocketAddr>) {
+        let listen = self.listeners.get(&listener).map(|listener| listener.listen);
         let full = self.counters.connections_open >= self.config.connections_max + Config::SLACK;
-        let Some(kind) = kind.filter(|_| !full) else {
+        let Some(listen) = listen.filter(|_| !full) else {
             return self.out.push(Op::Refuse { raw });
         };
-        let role = match kind {
-            ListenerKind::Http => Role::Http(Box::new(HttpClient::new(peer, self.now))),
-            ListenerKind::Tcp { port } => {
-                let Some(route) = self.routes.by_port(port) else {
-                    self.counters.tcp_unrouted += 1;
-                    return self.out.push(Op::Refuse { raw });
-                };
-                Role::Tcp { wait: Wait { route, since: None, queued: false }, inbuf: Vec::new() }
+        let route = match listen.mode {
+            Mode::Http => None,
+            Mode::Tcp { port } => self.routes.by_port(port),
+            // No route matches a server name.
+            Mode::Sni => None,
+        };
+        let role = match (listen.mode, route) {
+            (Mode::Http, _) => Role::Http(Box::new(HttpClient::new(peer, self.now))),
+            (_, Some(route)) => {
+                let wait = Wait { route, since: None, queued: false };
+                Role::Tcp(Box::new(TcpClient { address: peer, wait, inbuf: Vec::new() }))
+            }
+            (_, None) => {
+                self.counters.tcp_unrouted += 1;
+                return self.out.push(Op::Refuse { raw });
             }
         };
-        let is_tcp = matches!(role, Role::Tcp { .. });
+        let is_tcp = matches!(role, Role::Tcp(_));
         let sock = self.socks.insert(Sock::new(role, None, self.now));
         self.counters.connections_accepted += 1;
         self.counters.connections_open += 1;
@@ -258,7 +257,7 @@ impl Core {
         match &mut sock.role {
             _ if matches!(sock.finish, Finish::Linger { .. } | Finish::Close) => {}
             Role::Http(_) => self.client_input(id, Some(chunk)),
-            Role::Tcp { inbuf, .. } => inbuf.extend_from_slice(&chunk),
+            Role::Tcp(tcp) => tcp.inbuf.extend_from_slice(&chunk),
             Role::Upstream(_) => self.upstream_input(id, chunk),
             Role::Tunnel { .. } => self.tunnel_input(id, chunk),
         }
@@ -285,7 +284,7 @@ impl Core {
             Role::Upstream(_) => self.upstream_closed(id, false),
             Role::Tunnel { .. } => self.tunnel_closed(id),
             // A client that half-closes still gets its answers; settling closes it when there are none.
-            Role::Http(_) | Role::Tcp { .. } => {}
+            Role::Http(_) | Role::Tcp(_) => {}
         }
     }
 
@@ -295,7 +294,7 @@ impl Core {
         match &sock.role {
             Role::Upstream(_) => self.upstream_closed(id, true),
             Role::Tunnel { .. } => self.tunnel_broken(id),
-            Role::Http(_) | Role::Tcp { .. } => self.client_gone(id),
+            Role::Http(_) | Role::Tcp(_) => self.client_gone(id),
         }
     }
 

@@ -4,7 +4,7 @@
 //! one of [`Completion`]. The core names sockets by [`SockId`], which it makes itself and never uses twice
 //! within a door's memory, so that an answer meant for a closed socket is recognised and dropped.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use super::chunk::Chunk;
 
@@ -79,8 +79,8 @@ pub enum Op {
 /// What a door answers.
 #[derive(Debug)]
 pub enum Completion {
-    /// A connection came in.
-    Accepted { listener: ListenerId, raw: RawSocket, peer: Option<IpAddr> },
+    /// A connection came in, from this address where there is one.
+    Accepted { listener: ListenerId, raw: RawSocket, peer: Option<SocketAddr> },
     /// Accepting ended: stopped (`None`) or failed.
     AcceptEnded { listener: ListenerId, error: Option<Errno> },
     /// The socket is connected.

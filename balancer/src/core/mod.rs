@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`engine`] | the loop and the calling contract; sockets come, move bytes and go |
 //! | [`io`] | the closed vocabulary between core and door |
+//! | [`listen`] | what a listener makes of the connections it accepts |
 //! | `session` | what is known of each socket; the state machines, drawn |
 //! | `client`, `upstream_side` | the two sides of an HTTP exchange |
 //! | `tunnel` | plain TCP and upgraded connections |
@@ -26,6 +27,7 @@ mod dispatch;
 pub mod engine;
 pub mod http;
 pub mod io;
+pub mod listen;
 pub mod outbox;
 mod routes;
 mod session;

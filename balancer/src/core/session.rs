@@ -12,7 +12,7 @@
 //!
 //! A client and the upstream connection that serves it name each other as `peer`; nothing else links them.
 
-use std::net::IpAddr;
+use std::net::SocketAddr;
 
 use super::chunk::Chunk;
 use super::http::body::Body;
@@ -71,11 +71,8 @@ pub enum Finish {
 #[derive(Debug)]
 pub enum Role {
     Http(Box<HttpClient>),
-    /// A plain TCP client that waits for its upstream. `inbuf` holds what it said meanwhile.
-    Tcp {
-        wait: Wait,
-        inbuf: Vec<u8>,
-    },
+    /// A plain TCP client that waits for its upstream.
+    Tcp(Box<TcpClient>),
     Upstream(UpstreamConn),
     /// Bytes both ways; `upstream` on the upstream's side.
     Tunnel {
@@ -93,10 +90,20 @@ pub struct Wait {
     pub queued: bool,
 }
 
+/// A plain TCP client, until its upstream stands.
+#[derive(Debug)]
+pub struct TcpClient {
+    #[expect(dead_code, reason = "for choosing an upstream by it, and for telling an upstream of it")]
+    pub address: Option<SocketAddr>,
+    pub wait: Wait,
+    /// What it said meanwhile.
+    pub inbuf: Vec<u8>,
+}
+
 /// A client that speaks HTTP.
 #[derive(Debug)]
 pub struct HttpClient {
-    pub address: Option<IpAddr>,
+    pub address: Option<SocketAddr>,
     pub phase: Phase,
     /// Bytes not yet used: an unfinished head, a body that has nowhere to go yet, later requests.
     pub inbuf: Vec<u8>,
@@ -228,14 +235,14 @@ impl Sock {
     pub fn wait(&mut self) -> Option<&mut Wait> {
         match &mut self.role {
             Role::Http(client) => client.request.as_mut().map(|request| &mut request.wait),
-            Role::Tcp { wait, .. } => Some(wait),
+            Role::Tcp(tcp) => Some(&mut tcp.wait),
             _ => None,
         }
     }
 }
 
 impl HttpClient {
-    pub fn new(address: Option<IpAddr>, now: Millis) -> Self {
+    pub fn new(address: Option<SocketAddr>, now: Millis) -> Self {
         Self {
             address,
             phase: Phase::Head,

@@ -104,7 +104,7 @@ impl Core {
                 Phase::Waiting | Phase::Exchange => (http.inbuf.len() < Config::AHEAD_BYTES, false),
                 Phase::Done => (false, false),
             },
-            (_, Role::Tcp { inbuf, .. }) => (inbuf.len() < Config::AHEAD_BYTES, false),
+            (_, Role::Tcp(tcp)) => (tcp.inbuf.len() < Config::AHEAD_BYTES, false),
             (_, Role::Upstream(conn)) => match conn.phase {
                 UpPhase::Connecting { .. } => (false, false),
                 UpPhase::Idle { .. } => (true, false),
@@ -174,7 +174,7 @@ impl Core {
                 }
                 UpPhase::Exchange(_) => None,
             },
-            Role::Tcp { .. } | Role::Tunnel { .. } => None,
+            Role::Tcp(_) | Role::Tunnel { .. } => None,
         }
     }
 
@@ -226,7 +226,7 @@ impl Core {
                 UpPhase::Idle { .. } => self.discard_upstream(id, false),
                 UpPhase::Exchange(_) => self.fail_exchange(id, Answer::UpstreamTimeout),
             },
-            Role::Tcp { .. } => {}
+            Role::Tcp(_) => {}
         }
     }
 }

@@ -15,7 +15,7 @@ impl Core {
         let Some(client) = self.socks.get(id).and_then(|sock| sock.peer) else { return };
         let Some(sock) = self.socks.get_mut(client) else { return };
         let said = match std::mem::replace(&mut sock.role, Role::Tunnel { upstream: None }) {
-            Role::Tcp { inbuf, .. } => inbuf,
+            Role::Tcp(tcp) => tcp.inbuf,
             _ => Vec::new(),
         };
         if let Some(upstream) = self.upstreams.get_mut(key) {

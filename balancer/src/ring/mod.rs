@@ -18,6 +18,7 @@ mod token;
 
 use std::collections::HashMap;
 use std::io;
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,7 +47,7 @@ pub struct Ring {
     buffers: Buffers,
     sends: Sends,
     slots: Vec<Slot>,
-    listeners: HashMap<u32, Listener>,
+    listeners: HashMap<u32, Arc<OwnedFd>>,
     /// Addresses of connects that are not yet submitted.
     #[expect(clippy::vec_box, reason = "the kernel is given their places, so they must not move")]
     addresses: Vec<Box<SockaddrStorage>>,
@@ -66,11 +67,6 @@ struct Slot {
     fd: Option<RawFd>,
     /// Operations in the ring that refer to it.
     in_flight: u32,
-}
-
-struct Listener {
-    socket: Arc<OwnedFd>,
-    wants_peer: bool,
 }
 
 /// Why there is no ring.
@@ -163,7 +159,7 @@ impl Ring {
             self.ready.push(Completion::AcceptEnded { listener: id, error: None });
             return Ok(());
         };
-        let entry = opcode::AcceptMulti::new(Fd(listener.socket.as_raw_fd())).flags(libc::SOCK_CLOEXEC);
+        let entry = opcode::AcceptMulti::new(Fd(listener.as_raw_fd())).flags(libc::SOCK_CLOEXEC);
         self.push(entry.build(), Token::Accept { listener: id.0 })
     }
 
@@ -300,8 +296,7 @@ impl Ring {
 
     fn accepted(&mut self, listener: ListenerId, result: i32, flags: u32, out: &mut Vec<Completion>) {
         if result >= 0 {
-            let wants_peer = self.listeners.get(&listener.0).is_some_and(|listener| listener.wants_peer);
-            let peer = if wants_peer { peer_address(result) } else { None };
+            let peer = peer_address(result);
             out.push(Completion::Accepted { listener, raw: RawSocket(result), peer });
         }
         if !cqueue::more(flags) {
@@ -364,8 +359,8 @@ impl Ring {
 }
 
 impl Door for Ring {
-    fn add_listener(&mut self, id: ListenerId, socket: Arc<OwnedFd>, wants_peer: bool) {
-        self.listeners.insert(id.0, Listener { socket, wants_peer });
+    fn add_listener(&mut self, id: ListenerId, socket: Arc<OwnedFd>) {
+        self.listeners.insert(id.0, socket);
     }
 
     fn remove_listener(&mut self, id: ListenerId) {
@@ -437,10 +432,10 @@ fn reset_on_close(fd: RawFd) {
     let _ = socket::setsockopt(&socket, sockopt::Linger, &linger);
 }
 
-fn peer_address(fd: RawFd) -> Option<std::net::IpAddr> {
+fn peer_address(fd: RawFd) -> Option<SocketAddr> {
     let address: SockaddrStorage = socket::getpeername(fd).ok()?;
     if let Some(v4) = address.as_sockaddr_in() {
-        return Some(v4.ip().into());
+        return Some(SocketAddr::from(SocketAddrV4::from(*v4)));
     }
-    address.as_sockaddr_in6().map(|v6| v6.ip().into())
+    address.as_sockaddr_in6().map(|v6| SocketAddr::from(SocketAddrV6::from(*v6)))
 }

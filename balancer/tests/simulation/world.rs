@@ -2,13 +2,14 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
 use epagent_balancer::core::chunk::{Chunk, SharedBuffer};
 use epagent_balancer::core::config::Config;
-use epagent_balancer::core::engine::{Core, ListenerKind};
+use epagent_balancer::core::engine::Core;
 use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
+use epagent_balancer::core::listen::{Listen, Mode as Listening};
 use epagent_balancer::table::Table;
 
 use crate::actors::{AppConn, Client, Rng, take_front};
@@ -122,8 +123,8 @@ impl World {
             traced: std::env::var_os("SIMULATION_TRACE").is_some(),
         };
         world.push_table();
-        world.core.add_listener(ListenerId(HTTP as u32), ListenerKind::Http);
-        world.core.add_listener(ListenerId(TCP as u32), ListenerKind::Tcp { port: TCP_PORT });
+        world.core.add_listener(ListenerId(HTTP as u32), Listen::plain(Listening::Http));
+        world.core.add_listener(ListenerId(TCP as u32), Listen::plain(Listening::Tcp { port: TCP_PORT }));
         for client in 0..CLIENTS {
             world.dial(HTTP, Far::Client(client));
         }
@@ -295,7 +296,7 @@ impl World {
         while listener.accepting && self.rng.one_in(2) {
             let Some(conn) = listener.queue.pop_front() else { break };
             self.unadopted.insert(conn as i32, conn);
-            let peer = (index == HTTP).then_some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, conn as u8)));
+            let peer = Some(SocketAddr::from(([192, 0, 2, conn as u8], 1024 + conn as u16)));
             group.push(Completion::Accepted { listener: id, raw: RawSocket(conn as i32), peer });
         }
         let failed = listener.accepting && self.rng.one_in(200);
