@@ -4,25 +4,28 @@
 //! thread and answers when all of them route by it. It ends when it is told to (SIGTERM, SIGINT), or when a
 //! data-path thread has ended, so that whoever supervises the process starts it anew.
 
-use std::io::Write;
+mod say;
+mod status;
+mod system;
+mod tables;
+
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signalfd::SignalFd;
 
+pub use self::say::{chain, log};
+use self::system::{connections_by_descriptors, watch_signals};
 use crate::access_log::AccessLog;
-use crate::control::protocol::{Ack, ErrorCode, Problem, Request, Response, Status};
-use crate::control::server::{ControlServer, refusal};
+use crate::control::protocol::Request;
+use crate::control::server::ControlServer;
 use crate::core::config::Config;
-use crate::core::engine::Snapshot;
 use crate::core::io::ListenerId;
 use crate::core::listen::Listen;
 use crate::listeners::{ListenError, Listeners};
@@ -33,8 +36,6 @@ use crate::worker::{BufferSizes, Command, StartError, Worker};
 
 /// How long a thread may take to answer the control thread.
 const THREAD_TIMEOUT: Duration = Duration::from_secs(1);
-/// Descriptors kept for everything that is not a client or upstream connection.
-const SPARE_DESCRIPTORS: u64 = 128;
 
 /// How a balancer is set up.
 pub struct Options {
@@ -206,98 +207,10 @@ impl Server {
         self.control = Some(control);
     }
 
-    /// Replaces the table: checked, saved, in force on every thread, then acknowledged.
-    fn set_table(&mut self, table: Table) -> Response {
-        if let Err(error) = table.validate() {
-            return refusal(ErrorCode::BadTable, error.to_string());
-        }
-        let running = self.table.version;
-        // The first table may have any version; saying the same thing twice is no conflict.
-        if table.version < running || (table.version == running && table != *self.table && running != 0) {
-            let message = format!("version {} is refused: version {running} is in force", table.version);
-            return refusal(ErrorCode::StaleVersion, message);
-        }
-        let table = Arc::new(table);
-        let (added, mut problems) = self.listeners.bind_for(&table);
-        if let Some(saved) = &self.saved
-            && let Err(error) = saved.save(&table)
-        {
-            problems.push(Problem { route: None, message: chain(&error) });
-        }
-        if !self.spread(&table) {
-            return refusal(ErrorCode::Busy, "a data-path thread did not take the table in time".to_owned());
-        }
-        self.table = table.clone();
-        self.open(&added);
-        for gone in self.listeners.unbind_for(&table) {
-            self.tell_all(|| Command::RemoveListener(gone));
-        }
-        Response::Ack(Ack { version: table.version, problems })
-    }
-
     /// A command that needs no answer. A thread that cannot take it has ended, which is noticed elsewhere.
     fn tell_all(&self, command: impl Fn() -> Command) {
         for worker in &self.workers {
             worker.send(command());
-        }
-    }
-
-    /// Gives every thread the table and waits until all route by it.
-    fn spread(&self, table: &Arc<Table>) -> bool {
-        let (done, all_done) = mpsc::channel();
-        let sent = |worker: &&Worker| worker.send(Command::SetTable(table.clone(), done.clone()));
-        let count = self.workers.iter().filter(sent).count();
-        let taken = (0..count).take_while(|_| all_done.recv_timeout(THREAD_TIMEOUT).is_ok()).count();
-        taken == self.workers.len()
-    }
-
-    fn open(&self, ids: &[ListenerId]) {
-        for (id, listener) in self.listeners.iter().filter(|(id, _)| ids.contains(id)) {
-            for worker in &self.workers {
-                let socket = listener.socket.clone();
-                worker.send(Command::AddListener { id, listen: listener.listen, socket });
-            }
-        }
-    }
-
-    fn status(&self) -> Response {
-        let (reply, replies) = mpsc::channel();
-        let sent = |worker: &&Worker| worker.send(Command::Status(reply.clone()));
-        let count = self.workers.iter().filter(sent).count();
-        let mut status = Status {
-            table_version: self.table.version,
-            threads: self.workers.len() as u32,
-            listeners: self.listeners.status(),
-            ..Status::default()
-        };
-        for _ in 0..count {
-            let Ok(snapshot) = replies.recv_timeout(THREAD_TIMEOUT) else {
-                return refusal(ErrorCode::Busy, "a data-path thread did not answer in time".to_owned());
-            };
-            add_snapshot(&mut status, snapshot);
-        }
-        status.routes.sort_by(|a, b| a.id.cmp(&b.id));
-        status.upstreams.sort_by(|a, b| (&a.id, a.address).cmp(&(&b.id, b.address)));
-        Response::Status(Box::new(status))
-    }
-}
-
-/// Sums what the threads say.
-fn add_snapshot(status: &mut Status, snapshot: Snapshot) {
-    status.counters.add(&snapshot.counters);
-    for route in snapshot.routes {
-        match status.routes.iter_mut().find(|known| known.id == route.id) {
-            Some(known) => known.add(&route),
-            None => status.routes.push(route),
-        }
-    }
-    for upstream in snapshot.upstreams {
-        let same = |known: &&mut crate::control::protocol::UpstreamStatus| {
-            known.id == upstream.id && known.address == upstream.address
-        };
-        match status.upstreams.iter_mut().find(same) {
-            Some(known) => known.add(&upstream),
-            None => status.upstreams.push(upstream),
         }
     }
 }
@@ -310,40 +223,4 @@ fn load_saved(saved: &Saved) -> Option<Table> {
             None
         }
     }
-}
-
-fn watch_signals() -> nix::Result<SignalFd> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
-    signals.thread_block()?;
-    SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-}
-
-/// A proxied connection needs two descriptors. The soft limit is raised to the hard one.
-fn connections_by_descriptors() -> u64 {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1_000 };
-    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-        Ok(()) => hard,
-        Err(_) => soft,
-    };
-    (limit.saturating_sub(SPARE_DESCRIPTORS) / 2).clamp(16, 500_000)
-}
-
-/// An error and its causes, on one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
-
-/// A line on standard error, at changes of state only.
-pub fn log(line: &str) {
-    // Where nobody reads it there is nobody to tell.
-    let _ = writeln!(std::io::stderr(), "epagent-balancer: {line}");
 }

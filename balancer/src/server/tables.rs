@@ -1,0 +1,60 @@
+//! Putting a table into effect: listeners bound, saved, in force on every thread, then acknowledged.
+
+use std::sync::{Arc, mpsc};
+
+use super::say::chain;
+use super::{Server, THREAD_TIMEOUT};
+use crate::control::protocol::{Ack, ErrorCode, Problem, Response};
+use crate::control::server::refusal;
+use crate::core::io::ListenerId;
+use crate::table::Table;
+use crate::worker::{Command, Worker};
+
+impl Server {
+    /// Replaces the table: checked, saved, in force on every thread, then acknowledged.
+    pub(super) fn set_table(&mut self, table: Table) -> Response {
+        if let Err(error) = table.validate() {
+            return refusal(ErrorCode::BadTable, error.to_string());
+        }
+        let running = self.table.version;
+        // The first table may have any version; saying the same thing twice is no conflict.
+        if table.version < running || (table.version == running && table != *self.table && running != 0) {
+            let message = format!("version {} is refused: version {running} is in force", table.version);
+            return refusal(ErrorCode::StaleVersion, message);
+        }
+        let table = Arc::new(table);
+        let (added, mut problems) = self.listeners.bind_for(&table);
+        if let Some(saved) = &self.saved
+            && let Err(error) = saved.save(&table)
+        {
+            problems.push(Problem { route: None, message: chain(&error) });
+        }
+        if !self.spread(&table) {
+            return refusal(ErrorCode::Busy, "a data-path thread did not take the table in time".to_owned());
+        }
+        self.table = table.clone();
+        self.open(&added);
+        for gone in self.listeners.unbind_for(&table) {
+            self.tell_all(|| Command::RemoveListener(gone));
+        }
+        Response::Ack(Ack { version: table.version, problems })
+    }
+
+    /// Gives every thread the table and waits until all route by it.
+    pub(super) fn spread(&self, table: &Arc<Table>) -> bool {
+        let (done, all_done) = mpsc::channel();
+        let sent = |worker: &&Worker| worker.send(Command::SetTable(table.clone(), done.clone()));
+        let count = self.workers.iter().filter(sent).count();
+        let taken = (0..count).take_while(|_| all_done.recv_timeout(THREAD_TIMEOUT).is_ok()).count();
+        taken == self.workers.len()
+    }
+
+    pub(super) fn open(&self, ids: &[ListenerId]) {
+        for (id, listener) in self.listeners.iter().filter(|(id, _)| ids.contains(id)) {
+            for worker in &self.workers {
+                let socket = listener.socket.clone();
+                worker.send(Command::AddListener { id, listen: listener.listen, socket });
+            }
+        }
+    }
+}
