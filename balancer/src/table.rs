@@ -18,10 +18,13 @@
 //! Parsing is strict (an unknown key is an error), and [`Table::validate`] refuses what has no single
 //! meaning, such as two routes with one match.
 
+pub mod address;
+
 use std::collections::HashSet;
-use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::address::{Address, AddressError, UnixPath};
 
 /// Most routes one table may hold.
 pub const ROUTES_MAX: usize = 20_000;
@@ -112,8 +115,8 @@ pub struct Hold {}
 pub struct Upstream {
     /// The instance's id. The same id and address in several routes are one upstream, counted together.
     pub id: String,
-    /// Where it listens, as `ip:port`.
-    pub address: SocketAddr,
+    /// Where it listens: `ip:port`, or `unix:PATH`.
+    pub address: Address,
     /// Whether it may be given traffic.
     pub state: UpstreamState,
 }

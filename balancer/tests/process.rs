@@ -341,3 +341,29 @@ fn it_proxies_alone_without_any_control() {
     let _ = child.kill();
     let _ = child.wait();
 }
+
+#[test]
+fn it_proxies_to_a_unix_socket() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("app.sock");
+    let app = std::os::unix::net::UnixListener::bind(&path).expect("an app");
+    std::thread::spawn(move || {
+        let (mut stream, _) = app.accept().expect("a connection");
+        let mut said = [0; 5];
+        stream.read_exact(&mut said).expect("what was said");
+        stream.write_all(&said).expect("the echo");
+    });
+    let listen = common::free_address();
+    let upstream = format!("unix:{}", path.display());
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_epagent-balancer"))
+        .args(["run", "--mode", "tcp", "--listen", &listen.to_string(), "--upstream", &upstream])
+        .spawn()
+        .expect("it starts");
+    let mut client = poll("it listens", || TcpStream::connect(listen).ok());
+    client.write_all(b"hello").expect("taken");
+    let mut heard = Vec::new();
+    client.read_to_end(&mut heard).expect("the echo, and the end");
+    assert_eq!(heard, b"hello");
+    let _ = child.kill();
+    let _ = child.wait();
+}

@@ -17,7 +17,9 @@ use epagent_balancer::core::config::Config;
 use epagent_balancer::core::listen::{self, Listen};
 use epagent_balancer::ring::inherit;
 use epagent_balancer::server::{Options, Server, chain, log};
-use epagent_balancer::table::{Action, Defaults, Match, Proxy, Route, Table, Upstream, UpstreamState};
+use epagent_balancer::table::{
+    Action, Address, Defaults, Match, Proxy, Route, Table, Upstream, UpstreamState,
+};
 use epagent_balancer::worker::BufferSizes;
 
 /// An io_uring TCP and HTTP balancer that can hold a request while the app behind it changes.
@@ -72,8 +74,8 @@ struct RunArgs {
     #[arg(long, value_name = "ADDR:PORT")]
     listen: SocketAddr,
     /// Where to (repeatable)
-    #[arg(long, value_name = "ADDR:PORT", required = true)]
-    upstream: Vec<SocketAddr>,
+    #[arg(long, value_name = "ADDR:PORT|unix:PATH", required = true)]
+    upstream: Vec<Address>,
     #[arg(long, value_enum, default_value = "http")]
     mode: Mode,
     #[command(flatten)]
@@ -175,7 +177,7 @@ fn serve(args: ServeArgs) -> Result<(), String> {
 fn run(args: RunArgs) -> Result<(), String> {
     let upstreams = args.upstream.iter().enumerate().map(|(index, address)| Upstream {
         id: format!("upstream-{index}"),
-        address: *address,
+        address: address.clone(),
         state: UpstreamState::Up,
     });
     let port = args.listen.port();

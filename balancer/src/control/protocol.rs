@@ -9,11 +9,9 @@
 //! ← {"error": {"code": "bad_request", "message": "unknown variant ..."}}
 //! ```
 
-use std::net::SocketAddr;
-
 use serde::{Deserialize, Serialize};
 
-use crate::table::{Table, UpstreamState};
+use crate::table::{Address, Table, UpstreamState};
 
 /// Longest line either side accepts, in bytes, newline included.
 pub const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -151,7 +149,7 @@ impl From<UpstreamState> for ShownState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpstreamStatus {
     pub id: String,
-    pub address: SocketAddr,
+    pub address: Address,
     pub state: ShownState,
     /// HTTP requests given to it and not yet answered in full.
     pub active_requests: u64,

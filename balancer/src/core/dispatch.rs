@@ -170,7 +170,7 @@ impl Core {
         let probing = upstream.is_lost();
         let timeout_ms = if probing { Config::PROBE_TIMEOUT_MS } else { self.config.connect_timeout_ms };
         upstream.connect_begins();
-        let address = upstream.address;
+        let address = upstream.address.clone();
         let phase = UpPhase::Connecting { since: self.now, timeout_ms };
         let role = Role::Upstream(UpstreamConn { upstream: key, phase, reused: false });
         let id = self.socks.insert(Sock::new(role, None, self.now));

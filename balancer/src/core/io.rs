@@ -7,6 +7,7 @@
 use std::net::SocketAddr;
 
 use super::chunk::Chunk;
+use crate::table::Address;
 
 /// Milliseconds on a clock that never goes back; where it starts does not matter.
 pub type Millis = u64;
@@ -62,7 +63,7 @@ pub enum Op {
     /// Close an accepted socket at once, with a reset.
     Refuse { raw: RawSocket },
     /// Make a socket and connect it; answered by `Connected` or `ConnectFailed`.
-    Connect { sock: SockId, address: SocketAddr },
+    Connect { sock: SockId, address: Address },
     /// Start receiving; ends with [`Completion::RecvEnded`]. At most one is armed for a socket.
     Recv { sock: SockId, mode: RecvMode },
     /// End receiving. What was received before it takes effect still arrives.

@@ -112,7 +112,7 @@ impl Routes {
                 Action::Hold(_) => Vec::new(),
                 Action::Proxy(proxy) => {
                     let up = proxy.upstreams.iter().filter(|upstream| upstream.state == UpstreamState::Up);
-                    up.filter_map(|upstream| upstreams.key(&upstream.id, upstream.address)).collect()
+                    up.filter_map(|upstream| upstreams.key(&upstream.id, &upstream.address)).collect()
                 }
             };
         }

@@ -12,19 +12,18 @@
 //! without every held request knocking at its door.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 
 use super::config::Config;
 use super::io::{Millis, SockId};
 use super::slab::{Slab, UpstreamKey};
 use crate::control::protocol::{ShownState, UpstreamStatus};
-use crate::table::{Table, UpstreamState};
+use crate::table::{Address, Table, UpstreamState};
 
 /// One upstream.
 #[derive(Debug)]
 pub struct Upstream {
     pub id: String,
-    pub address: SocketAddr,
+    pub address: Address,
     pub state: ShownState,
     /// Kept-alive connections, the most recently used last.
     pub idle: Vec<SockId>,
@@ -46,7 +45,7 @@ enum Reach {
 }
 
 impl Upstream {
-    fn new(id: &str, address: SocketAddr) -> Self {
+    fn new(id: &str, address: Address) -> Self {
         Self {
             id: id.to_owned(),
             address,
@@ -110,7 +109,7 @@ impl Upstream {
     pub fn status(&self) -> UpstreamStatus {
         UpstreamStatus {
             id: self.id.clone(),
-            address: self.address,
+            address: self.address.clone(),
             state: self.state,
             active_requests: self.active_requests,
             active_connections: self.active_connections,
@@ -128,7 +127,7 @@ impl Upstream {
 #[derive(Debug, Default)]
 pub struct Upstreams {
     slab: Slab<UpstreamKey, Upstream>,
-    by_name: HashMap<(String, SocketAddr), UpstreamKey>,
+    by_name: HashMap<(String, Address), UpstreamKey>,
 }
 
 impl Upstreams {
@@ -144,8 +143,8 @@ impl Upstreams {
         self.slab.iter().map(|(_, upstream)| upstream)
     }
 
-    pub fn key(&self, id: &str, address: SocketAddr) -> Option<UpstreamKey> {
-        self.by_name.get(&(id.to_owned(), address)).copied()
+    pub fn key(&self, id: &str, address: &Address) -> Option<UpstreamKey> {
+        self.by_name.get(&(id.to_owned(), address.clone())).copied()
     }
 
     /// Takes over a table's upstreams, and returns the idle connections of those that are not up.
@@ -157,12 +156,12 @@ impl Upstreams {
             }
         }
         for wanted in table.routes.iter().flat_map(|route| route.upstreams()) {
-            let name = (wanted.id.clone(), wanted.address);
+            let name = (wanted.id.clone(), wanted.address.clone());
             let slab = &mut self.slab;
             let key = *self
                 .by_name
                 .entry(name)
-                .or_insert_with(|| slab.insert(Upstream::new(&wanted.id, wanted.address)));
+                .or_insert_with(|| slab.insert(Upstream::new(&wanted.id, wanted.address.clone())));
             if let Some(upstream) = slab.get_mut(key) {
                 upstream.state = stricter(upstream.state, wanted.state);
             }

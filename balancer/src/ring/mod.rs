@@ -25,8 +25,11 @@ use std::time::Duration;
 
 use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::EventFd;
-use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, sockopt};
+use nix::sys::socket::{
+    self, AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, sockopt,
+};
 
 use self::buffers::{Buffers, GROUP};
 use self::sends::{Pointers, Sends};
@@ -34,6 +37,7 @@ use self::token::Token;
 use crate::core::chunk::Chunk;
 use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
 use crate::door::Door;
+use crate::table::{Address, UnixPath};
 
 /// Entries of the submission queue; a batch with more of them enters more than once.
 const SUBMISSIONS: u32 = 1024;
@@ -139,7 +143,7 @@ impl Ring {
                 drop(socket);
                 Ok(())
             }
-            Op::Connect { sock, address } => self.connect(sock, address),
+            Op::Connect { sock, address } => self.connect(sock, &address),
             Op::Recv { sock, mode } => self.recv(sock, mode),
             Op::StopRecv { sock } => self.cancel(Token::Recv(sock)),
             Op::Send { sock, chunks, wait } => self.send(sock, chunks, wait),
@@ -163,23 +167,27 @@ impl Ring {
         self.push(entry.build(), Token::Accept { listener: id.0 })
     }
 
-    fn connect(&mut self, sock: SockId, address: std::net::SocketAddr) -> io::Result<()> {
-        let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        let made = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
-        let socket = match made {
-            Ok(socket) => socket,
+    fn connect(&mut self, sock: SockId, address: &Address) -> io::Result<()> {
+        *self.slot_mut(sock.index) = Slot { generation: sock.generation, ..Slot::default() };
+        let made = match address {
+            Address::Tcp(address) => tcp_socket(*address).map(|socket| (socket, Some(*address))),
+            Address::Unix(path) => connect_unix(path).map(|socket| (socket, None)),
+        };
+        let (socket, address) = match made {
+            Ok(made) => made,
             Err(errno) => {
-                *self.slot_mut(sock.index) = Slot { generation: sock.generation, ..Slot::default() };
                 let error = Errno(errno as i32);
                 self.ready.push(Completion::ConnectFailed { sock, error });
                 return Ok(());
             }
         };
-        // Options that make things faster or notice the dead; a socket without them works too.
-        let _ = socket::setsockopt(&socket, sockopt::TcpNoDelay, &true);
-        let _ = socket::setsockopt(&socket, sockopt::KeepAlive, &true);
         let fd = socket.into_raw_fd();
-        *self.slot_mut(sock.index) = Slot { generation: sock.generation, fd: Some(fd), in_flight: 1 };
+        self.slot_mut(sock.index).fd = Some(fd);
+        let Some(address) = address else {
+            self.ready.push(Completion::Connected { sock });
+            return Ok(());
+        };
+        self.slot_mut(sock.index).in_flight = 1;
         let address = Box::new(SockaddrStorage::from(address));
         let entry = opcode::Connect::new(Fd(fd), address.as_ptr(), address.len()).build();
         self.addresses.push(address);
@@ -422,6 +430,30 @@ impl Drop for Ring {
 /// first or is short of memory for the moment.
 fn is_passing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN))
+}
+
+fn tcp_socket(address: SocketAddr) -> nix::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // Options that make things faster or notice the dead; a socket without them works too.
+    let _ = socket::setsockopt(&socket, sockopt::TcpNoDelay, &true);
+    let _ = socket::setsockopt(&socket, sockopt::KeepAlive, &true);
+    Ok(socket)
+}
+
+/// Connects to a unix socket, which takes no time: its queue has room or is full (EAGAIN). In the ring, a
+/// full one would keep a worker thread of the kernel's waiting.
+fn connect_unix(path: &UnixPath) -> nix::Result<OwnedFd> {
+    if path.is_tenants() {
+        // There is no folder of the tenants'.
+        return Err(nix::Error::ENOENT);
+    }
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path.as_str())?)?;
+    // The ring waits itself, where the socket does not say EAGAIN at once.
+    fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty()))?;
+    Ok(socket)
 }
 
 fn reset_on_close(fd: RawFd) {

@@ -26,7 +26,7 @@ impl Server {
             add_snapshot(&mut status, snapshot);
         }
         status.routes.sort_by(|a, b| a.id.cmp(&b.id));
-        status.upstreams.sort_by(|a, b| (&a.id, a.address).cmp(&(&b.id, b.address)));
+        status.upstreams.sort_by(|a, b| (&a.id, &a.address).cmp(&(&b.id, &b.address)));
         Response::Status(Box::new(status))
     }
 }

@@ -10,7 +10,7 @@ use epagent_balancer::core::config::Config;
 use epagent_balancer::core::engine::Core;
 use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
 use epagent_balancer::core::listen::{Listen, Mode as Listening};
-use epagent_balancer::table::Table;
+use epagent_balancer::table::{Address, Table};
 
 use crate::actors::{AppConn, Client, Rng, take_front};
 use crate::far::{Conn, Far, StreamEnd};
@@ -422,7 +422,8 @@ impl World {
         assert!(self.socks.insert(id, sock).is_none(), "a socket id is used twice");
     }
 
-    fn connect(&mut self, sock: SockId, address: SocketAddr) {
+    fn connect(&mut self, sock: SockId, address: Address) {
+        let Address::Tcp(address) = address else { panic!("an address of no app: {address}") };
         let IpAddr::V4(ip) = address.ip() else { panic!("an address of no app: {address}") };
         let app = usize::from(ip.octets()[3]);
         assert!(!self.holding || self.apps[app].state == "up", "a connect to an app that is not up");
