@@ -4,13 +4,13 @@
 # make test    everything: formatting, lints, every test (needs root)
 # make soak    the end-to-end suites with long loads
 # make vm-test  the suites in throwaway VMs [T=part of a name]; vm-shell, vm-pair: machines to look around in [R=release]
-# make bench   the benchmarks
+# make bench   every benchmark; bench-balancer: the balancer beside HAProxy, nginx and naive proxies
 # make clean   what was built
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup root rust build lint test demo soak bench clean
+.PHONY: help setup root rust build lint test demo soak bench bench-balancer clean
 
 # One profile for everything: what is tested is what is shipped, and nothing is built twice.
 PROFILE := release
@@ -87,9 +87,13 @@ soak: root setup build
 	$(ROOT_SUITES) EPAGENT_TEST_LOAD_SECONDS=120 EPAGENT_TEST_ROUNDS=20 \
 	  cargo nextest run --cargo-profile $(PROFILE) -p epagent-tests --profile soak
 
+bench: bench-balancer
+
 # With the profile of the tests, so that nothing is built twice.
-bench: root setup build
-	$(ROOT_SUITES) cargo bench --profile $(PROFILE) -p epagent-tests --bench front
+bench-balancer: root setup build
+	@command -v haproxy >/dev/null && command -v nginx >/dev/null || { export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
+	  apt-get update -q && apt-get install -q -y --no-install-recommends haproxy nginx libnginx-mod-stream; }
+	$(ROOT_SUITES) cargo bench --profile $(PROFILE) -p epagent-tests --bench balancer
 
 clean:
 	cargo clean
