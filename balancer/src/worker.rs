@@ -32,6 +32,8 @@ pub enum Command {
     },
     RemoveListener(ListenerId),
     Status(Sender<Snapshot>),
+    /// Which routes starve.
+    Starving(Sender<Vec<String>>),
     /// Accept nothing more, finish what is under way, then end.
     Stop,
 }
@@ -41,6 +43,15 @@ pub struct Worker {
     commands: SyncSender<Command>,
     waker: Arc<EventFd>,
     thread: JoinHandle<io::Result<()>>,
+}
+
+/// How a data-path thread calls the control thread.
+#[derive(Clone)]
+pub struct Notices {
+    /// It has ended, for whatever reason.
+    pub ended: Arc<EventFd>,
+    /// A route of its has begun to starve. Never waits.
+    pub starved: Arc<EventFd>,
 }
 
 /// Buffers of a thread's ring.
@@ -64,20 +75,20 @@ pub enum StartError {
 }
 
 impl Worker {
-    /// Starts a thread with a ring of its own. `on_end` is told when it ends, for whatever reason.
+    /// Starts a thread with a ring of its own.
     pub fn start(
         index: u32,
         config: Config,
         buffers: BufferSizes,
         log: Option<AccessLog>,
-        on_end: Arc<EventFd>,
+        notices: Notices,
     ) -> Result<Self, StartError> {
         let waker = Arc::new(EventFd::new().map_err(StartError::Waker)?);
         let (commands, inbox) = mpsc::sync_channel(COMMANDS_MAX);
         let (started, start) = mpsc::channel();
         let ring_waker = waker.clone();
         let body = move || {
-            let _notice = EndNotice(on_end);
+            let _notice = EndNotice(notices.ended);
             // The ring belongs to the thread that makes it.
             let ring = match Ring::new(buffers.count, buffers.size_bytes, ring_waker) {
                 Ok(ring) => ring,
@@ -88,7 +99,7 @@ impl Worker {
                 }
             };
             let _ = started.send(Ok(()));
-            run(ring, Core::new(config), &inbox, log.as_ref())
+            run(ring, Core::new(config), &inbox, log.as_ref(), &notices.starved)
         };
         let thread = std::thread::Builder::new()
             .name(format!("ring-{index}"))
@@ -133,6 +144,7 @@ fn run(
     mut core: Core,
     commands: &Receiver<Command>,
     log: Option<&AccessLog>,
+    starved: &EventFd,
 ) -> io::Result<()> {
     let start = Instant::now();
     let now = || start.elapsed().as_millis() as Millis;
@@ -149,6 +161,10 @@ fn run(
         }
         core.finish_batch(now);
         door.apply(core.ops())?;
+        if core.take_starved() {
+            // Fails only when the count is full, and then the control thread has been told often enough.
+            let _ = starved.write(1);
+        }
         let ended = core.take_access();
         if let Some(log) = log.filter(|_| !ended.is_empty()) {
             let dropped = log.add(ended);
@@ -175,6 +191,9 @@ fn obey(command: Command, core: &mut Core, door: &mut impl Door, now: Millis) {
         }
         Command::Status(reply) => {
             let _ = reply.send(core.snapshot(now));
+        }
+        Command::Starving(reply) => {
+            let _ = reply.send(core.starving());
         }
         Command::Stop => core.stop(now),
     }

@@ -5,7 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use super::protocol::{Ack, ControlError, LINE_BYTES_MAX, Request, Response, Status, StatusQuery};
+use super::protocol::{
+    Ack, ControlError, LINE_BYTES_MAX, Request, Response, Status, StatusQuery, WaitQuery, Waited,
+};
 use crate::table::Table;
 
 /// A connection to a balancer's control socket.
@@ -50,7 +52,7 @@ impl Client {
         match self.request(&Request::SetTable(table.clone()))? {
             Response::Ack(ack) => Ok(ack),
             Response::Error(error) => Err(ClientError::Refused(error)),
-            Response::Status(_) => Err(ClientError::Mismatch),
+            _ => Err(ClientError::Mismatch),
         }
     }
 
@@ -59,7 +61,17 @@ impl Client {
         match self.request(&Request::Status(StatusQuery {}))? {
             Response::Status(status) => Ok(*status),
             Response::Error(error) => Err(ClientError::Refused(error)),
-            Response::Ack(_) => Err(ClientError::Mismatch),
+            _ => Err(ClientError::Mismatch),
+        }
+    }
+
+    /// Waits until a route without upstreams begins to hold something. The connection's own timeout must be
+    /// longer than the query's.
+    pub fn wait(&mut self, query: WaitQuery) -> Result<Waited, ClientError> {
+        match self.request(&Request::Wait(query))? {
+            Response::Waited(waited) => Ok(waited),
+            Response::Error(error) => Err(ClientError::Refused(error)),
+            _ => Err(ClientError::Mismatch),
         }
     }
 

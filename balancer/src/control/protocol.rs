@@ -5,6 +5,8 @@
 //! ← {"ack": {"version": 7, "problems": []}}
 //! → {"status": {}}
 //! ← {"status": {"table_version": 7, "upstreams": [...], ...}}
+//! → {"wait": {"since": 0, "timeout_ms": 30000}}
+//! ← {"waited": {"sequence": 1, "routes": ["shop-web"]}}
 //! → {"set_tabel": {}}
 //! ← {"error": {"code": "bad_request", "message": "unknown variant ..."}}
 //! ```
@@ -16,6 +18,9 @@ use crate::table::{Address, Table, UpstreamState};
 /// Longest line either side accepts, in bytes, newline included.
 pub const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
 
+/// Longest a [`WaitQuery`] is left unanswered, in milliseconds.
+pub const WAIT_MS_MAX: u64 = 60_000;
+
 /// What may be asked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -24,12 +29,28 @@ pub enum Request {
     SetTable(Table),
     /// Report counters, upstreams, hold queues and listeners.
     Status(StatusQuery),
+    /// Answer when a route that has no upstream begins to hold something, or when the time is up.
+    Wait(WaitQuery),
 }
 
 /// `status` takes no arguments.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StatusQuery {}
+
+/// Waits for a route that holds something and has no upstream that is up: an app that is stopped while
+/// nobody uses it is wanted again.
+///
+/// Each such beginning has the next number. Ask with the number of the last answer, and with 0 at first: when
+/// the numbers differ (something began meanwhile, or the balancer was restarted) the answer comes at once. So
+/// nothing that begins between two questions is missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WaitQuery {
+    pub since: u64,
+    /// Longest wait, in milliseconds; at most [`WAIT_MS_MAX`] of it are waited.
+    pub timeout_ms: u64,
+}
 
 /// What is answered.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +60,8 @@ pub enum Response {
     Ack(Ack),
     /// The state of things.
     Status(Box<Status>),
+    /// The wait is over.
+    Waited(Waited),
     /// Nothing was changed, and why.
     Error(ControlError),
 }
@@ -58,6 +81,16 @@ pub struct Problem {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub route: Option<String>,
     pub message: String,
+}
+
+/// What a wait came to. Also sent when the peer asks something else meanwhile, before the answer to that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waited {
+    /// The `since` of the next question.
+    pub sequence: u64,
+    /// The ids of the routes that hold something and have no upstream that is up, now. Empty when the time
+    /// was up, or when whoever was held has left again.
+    pub routes: Vec<String>,
 }
 
 /// Why a request changed nothing.
@@ -109,6 +142,12 @@ pub struct ListenerStatus {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteStatus {
     pub id: String,
+    /// Requests and connections it has now, held ones and those being answered among them.
+    #[serde(default)]
+    pub active: u64,
+    /// How long it has had none: since the last one ended, or since the route was made; 0 while it has some.
+    #[serde(default)]
+    pub idle_ms: u64,
     /// Requests (HTTP) or connections (TCP) that matched, in total.
     pub requests_total: u64,
     /// Held now.
@@ -170,6 +209,9 @@ pub struct UpstreamStatus {
 impl RouteStatus {
     /// Adds another thread's counts of the same route.
     pub fn add(&mut self, other: &RouteStatus) {
+        self.active += other.active;
+        // It idles only where every thread's does.
+        self.idle_ms = self.idle_ms.min(other.idle_ms);
         self.requests_total += other.requests_total;
         self.held += other.held;
         self.oldest_held_ms = self.oldest_held_ms.max(other.oldest_held_ms);

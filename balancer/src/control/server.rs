@@ -1,14 +1,18 @@
 //! The listening end of the control socket. It is driven by one poll loop: nothing here waits, except for a
 //! peer that does not take its answer, and that for at most two seconds.
+//!
+//! A peer may be told later ([`Reply::Later`]): it is kept with its deadline and the loop goes on. What it says
+//! meanwhile stays in its socket until it has been told, so that answers keep the order of their questions.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
-use super::protocol::{ControlError, ErrorCode, LINE_BYTES_MAX, Request, Response};
+use super::protocol::{ControlError, ErrorCode, LINE_BYTES_MAX, Request, Response, Waited};
 
 /// Most control connections at a time; one more is closed at once.
 const PEERS_MAX: usize = 16;
@@ -29,7 +33,16 @@ struct Peer {
     stream: UnixStream,
     /// What has come of the current line.
     line: Vec<u8>,
+    /// It is to be told by then.
+    waiting_until: Option<Instant>,
     gone: bool,
+}
+
+/// What a request comes to.
+pub enum Reply {
+    Now(Response),
+    /// [`ControlServer::tell_waiting`] answers it, at the latest then.
+    Later(Instant),
 }
 
 impl ControlServer {
@@ -40,28 +53,60 @@ impl ControlServer {
         Ok(Self { listener, allowed_uid, peers: Vec::new() })
     }
 
-    /// What to poll for readability.
-    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        let peers = self.peers.iter().map(|peer| peer.stream.as_fd());
-        std::iter::once(self.listener.as_fd()).chain(peers).collect()
+    /// What to poll, and for what.
+    pub fn polled(&self) -> Vec<PollFd<'_>> {
+        let peers = self.peers.iter().map(Peer::polled);
+        std::iter::once(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)).chain(peers).collect()
     }
 
     /// Takes in what has come, and answers each complete request with what `handle` makes of it.
-    pub fn serve(&mut self, mut handle: impl FnMut(Request) -> Response) {
+    pub fn serve(&mut self, mut handle: impl FnMut(Request) -> Reply) {
         self.accept();
         for peer in &mut self.peers {
-            peer.read();
-            while let Some(line) = peer.take_line() {
-                let response = match serde_json::from_slice(&line) {
+            match peer.waiting_until {
+                Some(_) => peer.notice_hangup(),
+                None => peer.read(),
+            }
+            while peer.waiting_until.is_none()
+                && let Some(line) = peer.take_line()
+            {
+                let reply = match serde_json::from_slice(&line) {
                     Ok(request) => handle(request),
-                    Err(error) => refusal(ErrorCode::BadRequest, error.to_string()),
+                    Err(error) => Reply::Now(refusal(ErrorCode::BadRequest, error.to_string())),
                 };
-                peer.answer(&response);
+                match reply {
+                    Reply::Now(response) => peer.answer(&response),
+                    Reply::Later(at) => peer.waiting_until = Some(at),
+                }
             }
             if peer.line.len() >= LINE_BYTES_MAX {
                 let message = format!("a request is longer than {LINE_BYTES_MAX} bytes");
                 peer.answer(&refusal(ErrorCode::BadRequest, message));
                 peer.gone = true;
+            }
+        }
+        self.peers.retain(|peer| !peer.gone);
+    }
+
+    /// When the next waiting peer is to be told.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.peers.iter().filter_map(|peer| peer.waiting_until).min()
+    }
+
+    /// Tells every peer that waits.
+    pub fn tell_waiting(&mut self, waited: &Waited) {
+        self.tell(waited, |_| true);
+    }
+
+    /// Tells those whose time is up.
+    pub fn tell_expired(&mut self, now: Instant, waited: &Waited) {
+        self.tell(waited, |until| until <= now);
+    }
+
+    fn tell(&mut self, waited: &Waited, whom: impl Fn(Instant) -> bool) {
+        for peer in &mut self.peers {
+            if peer.waiting_until.take_if(|until| whom(*until)).is_some() {
+                peer.answer(&Response::Waited(waited.clone()));
             }
         }
         self.peers.retain(|peer| !peer.gone);
@@ -73,7 +118,7 @@ impl ControlServer {
             if stream.set_write_timeout(Some(ANSWER_TIMEOUT)).is_err() || self.peers.len() >= PEERS_MAX {
                 continue;
             }
-            let mut peer = Peer { stream, line: Vec::new(), gone: false };
+            let mut peer = Peer { stream, line: Vec::new(), waiting_until: None, gone: false };
             let uid = getsockopt(&peer.stream, sockopt::PeerCredentials).map(|credentials| credentials.uid());
             match uid {
                 Ok(uid) if uid == 0 || Some(uid) == self.allowed_uid => self.peers.push(peer),
@@ -87,6 +132,18 @@ impl ControlServer {
 }
 
 impl Peer {
+    /// One that waits is only watched for its end, which poll reports unasked.
+    fn polled(&self) -> PollFd<'_> {
+        let flags = if self.waiting_until.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
+        PollFd::new(self.stream.as_fd(), flags)
+    }
+
+    fn notice_hangup(&mut self) {
+        let mut polled = [self.polled()];
+        let ended = poll(&mut polled, PollTimeout::ZERO).is_ok_and(|count| count > 0);
+        self.gone |= ended;
+    }
+
     fn read(&mut self) {
         let _ = self.stream.set_nonblocking(true);
         let mut bytes = [0; 8 * 1024];

@@ -47,6 +47,7 @@ impl Core {
     /// if this one was taken in whole.
     pub(super) fn answer(&mut self, id: SockId, answer: Answer) {
         *answer.counter(&mut self.counters) += 1;
+        self.leave_route(id);
         let (now, stopping) = (self.now, self.stopping);
         let Some(sock) = self.socks.get_mut(id) else { return };
         let Some(http) = sock.http() else { return };
@@ -86,6 +87,7 @@ impl Core {
     /// Closes a client, and whatever an upstream was doing for it.
     pub(super) fn close_client(&mut self, id: SockId, reset: bool) {
         self.unhold(id);
+        self.leave_route(id);
         let Some(sock) = self.socks.remove(id) else { return };
         self.out.push(Op::Close { sock: id, reset });
         self.counters.connections_open -= 1;

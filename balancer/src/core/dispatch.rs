@@ -35,6 +35,7 @@ impl Core {
                 if let Some(wait) = self.wait_mut(client) {
                     (wait.route, wait.queued) = (route, false);
                 }
+                self.enter_route(client);
                 self.dispatch(client);
             }
             None if self.routes.has_hosts() => self.answer(client, Answer::UnknownHost),
@@ -120,6 +121,7 @@ impl Core {
 
     /// Counts a request or connection on its route.
     pub(super) fn count_request(&mut self, client: SockId) {
+        self.enter_route(client);
         let route = self.wait_mut(client).map(|wait| wait.route);
         if let Some(route) = route.and_then(|route| self.routes.get_mut(route)) {
             route.requests_total += 1;
@@ -241,6 +243,8 @@ impl Core {
                 route.held.push_back((client, now));
             }
         }
+        // The first of them is an event; those that follow find it told already.
+        self.starved |= route.is_starving() && route.held.len() == 1;
         let over = route.held.len() > route.limits.max_requests as usize;
         let shed = if over { route.held.pop_front() } else { None };
         if let Some((oldest, _)) = shed {

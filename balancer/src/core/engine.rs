@@ -39,6 +39,8 @@ pub struct Core {
     /// Something has become possible for held requests.
     pub(super) release_wanted: bool,
     pub(super) hold_tick_at: Option<Millis>,
+    /// A route has begun to starve.
+    pub(super) starved: bool,
     pub(super) stopping: bool,
     pub(super) counters: Counters,
     pub(super) out: Vec<Op>,
@@ -129,8 +131,9 @@ impl Core {
         for idle in self.upstreams.apply(table) {
             self.discard_upstream(idle, false);
         }
-        let orphans = self.routes.apply(table, &self.upstreams, self.config.threads.max(1));
-        for client in orphans {
+        let applied = self.routes.apply(now, table, &self.upstreams, self.config.threads.max(1));
+        self.starved |= applied.starved;
+        for client in applied.orphans {
             self.reroute(client);
         }
         self.upstreams.sweep();

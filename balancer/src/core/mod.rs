@@ -11,6 +11,7 @@
 //! | `dispatch` | finding an upstream, holding, retrying |
 //! | `settle` | operations and deadlines as functions of state |
 //! | `routes`, `upstreams` | the table as it runs: hold queues, load, reachability |
+//! | `activity` | how many each route serves, since when nobody, and who starves |
 //! | [`access`] | what the access log is told |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
 //! | [`chunk`], [`outbox`] | bytes without copying, and what a slow peer may cost |
@@ -20,6 +21,7 @@
 //! ring and behind the simulator of the tests.
 
 pub mod access;
+mod activity;
 pub mod chunk;
 mod client;
 pub mod config;

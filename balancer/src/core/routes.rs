@@ -20,6 +20,10 @@ pub struct Route {
     pub limits: HoldLimits,
     /// Clients that wait, the oldest first, with when they began to.
     pub held: VecDeque<(SockId, Millis)>,
+    /// Requests and connections it has now, held ones among them.
+    pub active: u64,
+    /// When the last one ended, or when the route was made.
+    pub left_at: Millis,
     pub requests_total: u64,
     pub held_total: u64,
     pub shed_total: u64,
@@ -30,6 +34,8 @@ impl Route {
     pub fn status(&self, now: Millis) -> RouteStatus {
         RouteStatus {
             id: self.id.clone(),
+            active: self.active,
+            idle_ms: if self.active > 0 { 0 } else { now.saturating_sub(self.left_at) },
             requests_total: self.requests_total,
             held: self.held.len() as u64,
             oldest_held_ms: self.held.front().map_or(0, |(_, since)| now.saturating_sub(*since)),
@@ -38,6 +44,19 @@ impl Route {
             hold_expired_total: self.expired_total,
         }
     }
+
+    /// Whether it holds something and has nobody to give it to.
+    pub fn is_starving(&self) -> bool {
+        self.up.is_empty() && !self.held.is_empty()
+    }
+}
+
+/// What taking over a table led to.
+pub struct Applied {
+    /// The clients that were held for routes that are gone.
+    pub orphans: Vec<SockId>,
+    /// A route that holds something has lost its last upstream.
+    pub starved: bool,
 }
 
 /// All routes, and the ways to find one.
@@ -93,8 +112,9 @@ impl Routes {
         self.ports.get(&port).copied()
     }
 
-    /// Takes over a table's routes, and returns the clients that were held for routes that are gone.
-    pub fn apply(&mut self, table: &Table, upstreams: &Upstreams, threads: u32) -> Vec<SockId> {
+    /// Takes over a table's routes.
+    pub fn apply(&mut self, now: Millis, table: &Table, upstreams: &Upstreams, threads: u32) -> Applied {
+        let mut starved = false;
         let mut old = std::mem::take(&mut self.by_id);
         self.exact.clear();
         self.parents.clear();
@@ -102,12 +122,13 @@ impl Routes {
         self.ports.clear();
         for wanted in &table.routes {
             let slab = &mut self.slab;
-            let key = old.remove(&wanted.id).unwrap_or_else(|| slab.insert(Route::new(&wanted.id)));
+            let key = old.remove(&wanted.id).unwrap_or_else(|| slab.insert(Route::new(&wanted.id, now)));
             self.by_id.insert(wanted.id.clone(), key);
             self.enlist(&wanted.matches, key);
             let Some(route) = self.slab.get_mut(key) else { continue };
             let limits = wanted.hold.unwrap_or(table.defaults.hold);
             route.limits = HoldLimits { max_requests: limits.max_requests.div_ceil(threads), ..limits };
+            let starving = route.is_starving();
             route.up = match &wanted.action {
                 Action::Hold(_) => Vec::new(),
                 Action::Proxy(proxy) => {
@@ -115,9 +136,11 @@ impl Routes {
                     up.filter_map(|upstream| upstreams.key(&upstream.id, &upstream.address)).collect()
                 }
             };
+            starved |= route.is_starving() && !starving;
         }
         let gone = old.into_values().filter_map(|key| self.slab.remove(key));
-        gone.flat_map(|route| route.held).map(|(client, _)| client).collect()
+        let orphans = gone.flat_map(|route| route.held).map(|(client, _)| client).collect();
+        Applied { orphans, starved }
     }
 
     fn enlist(&mut self, matches: &Match, key: RouteKey) {
@@ -143,13 +166,15 @@ impl Routes {
 }
 
 impl Route {
-    fn new(id: &str) -> Self {
+    fn new(id: &str, now: Millis) -> Self {
         Self {
             id: id.to_owned(),
             up: Vec::new(),
             turn: 0,
             limits: HoldLimits::default(),
             held: VecDeque::new(),
+            active: 0,
+            left_at: now,
             requests_total: 0,
             held_total: 0,
             shed_total: 0,
@@ -169,7 +194,7 @@ mod tests {
         let table: Table =
             serde_json::from_str(&format!(r#"{{"version":1,"routes":[{}]}}"#, routes.join(","))).unwrap();
         let mut found = Routes::default();
-        found.apply(&table, &Upstreams::default(), 1);
+        found.apply(1, &table, &Upstreams::default(), 1);
         for (host, route) in [
             ("shop.example", "shop.example"),
             ("a.shop.example", "*.shop.example"),

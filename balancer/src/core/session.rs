@@ -27,6 +27,8 @@ pub struct Sock {
     pub role: Role,
     /// The other side.
     pub peer: Option<SockId>,
+    /// The route a client is counted on.
+    pub on_route: Option<RouteKey>,
     pub out: Outbox,
     /// The socket takes nothing more; what would be sent is dropped.
     pub out_dead: bool,
@@ -187,6 +189,7 @@ impl Sock {
         Self {
             role,
             peer,
+            on_route: None,
             out: Outbox::default(),
             out_dead: false,
             recv: Recv::Off,

@@ -237,6 +237,7 @@ impl Core {
             self.note(address, request.as_ref(), "answered", Some(status), Some(upstream_key));
         }
         if let Some(client) = client {
+            self.leave_route(client);
             self.runnable.push_back(client);
             self.touch(client);
         }

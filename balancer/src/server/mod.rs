@@ -8,6 +8,7 @@ mod say;
 mod status;
 mod system;
 mod tables;
+mod waits;
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,14 +18,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signalfd::SignalFd;
 
 pub use self::say::{chain, log};
 use self::system::{connections_by_descriptors, watch_signals};
 use crate::access_log::AccessLog;
 use crate::control::protocol::Request;
-use crate::control::server::ControlServer;
+use crate::control::server::{ControlServer, Reply};
 use crate::core::config::Config;
 use crate::core::io::ListenerId;
 use crate::core::listen::Listen;
@@ -32,7 +33,7 @@ use crate::listeners::{ListenError, Listeners};
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
 use crate::table::Table;
-use crate::worker::{BufferSizes, Command, StartError, Worker};
+use crate::worker::{BufferSizes, Command, Notices, StartError, Worker};
 
 /// How long a thread may take to answer the control thread.
 const THREAD_TIMEOUT: Duration = Duration::from_secs(1);
@@ -90,6 +91,10 @@ pub struct Server {
     table: Arc<Table>,
     signals: SignalFd,
     worker_ended: Arc<EventFd>,
+    /// Written by a thread when a route of its begins to starve.
+    starved: Arc<EventFd>,
+    /// How often that has happened, as far as it was seen here.
+    sequence: u64,
     stop_timeout: Duration,
 }
 
@@ -98,6 +103,7 @@ impl Server {
     pub fn start(options: Options) -> Result<Self, ServerError> {
         let signals = watch_signals().map_err(ServerError::Watch)?;
         let worker_ended = Arc::new(EventFd::new().map_err(ServerError::Watch)?);
+        let starved = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).map_err(ServerError::Watch)?);
         let threads = options.threads.max(1);
         let connections_max = options.connections_max.unwrap_or_else(connections_by_descriptors);
         let config = Config {
@@ -108,8 +114,9 @@ impl Server {
         };
         let log =
             options.access_log.as_deref().map(AccessLog::open).transpose().map_err(ServerError::AccessLog)?;
+        let notices = Notices { ended: worker_ended.clone(), starved: starved.clone() };
         let start =
-            |index| Worker::start(index, config.clone(), options.buffers, log.clone(), worker_ended.clone());
+            |index| Worker::start(index, config.clone(), options.buffers, log.clone(), notices.clone());
         let workers = (0..threads).map(start).collect::<Result<Vec<_>, _>>()?;
         let mut listeners = Listeners::new(options.port_address);
         for inherited in options.inherited {
@@ -123,8 +130,19 @@ impl Server {
         let saved = options.state_dir.map(|dir| Saved::new(&dir));
         let table = Arc::new(saved.as_ref().and_then(load_saved).unwrap_or(options.table));
         let stop_timeout = options.stop_timeout;
-        let mut server =
-            Self { workers, listeners, control, saved, table, signals, worker_ended, stop_timeout };
+        let sequence = 0;
+        let mut server = Self {
+            workers,
+            listeners,
+            control,
+            saved,
+            table,
+            signals,
+            worker_ended,
+            starved,
+            sequence,
+            stop_timeout,
+        };
         server.begin();
         Ok(server)
     }
@@ -175,15 +193,15 @@ impl Server {
     }
 
     fn wait(&self, stop_at: Option<Instant>) {
-        let control = self.control.iter().flat_map(ControlServer::descriptors);
-        let fixed = [self.signals.as_fd(), self.worker_ended.as_fd()];
-        let mut polled: Vec<PollFd<'_>> =
-            fixed.into_iter().chain(control).map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        let timeout = match stop_at.map(|at| at.saturating_duration_since(Instant::now())) {
-            // Threads end one after the other; looking now and then is enough for the last second.
-            Some(left) => {
-                PollTimeout::try_from(left.min(Duration::from_millis(20))).unwrap_or(PollTimeout::ZERO)
-            }
+        let control = self.control.iter().flat_map(ControlServer::polled);
+        let fixed = [self.signals.as_fd(), self.worker_ended.as_fd(), self.starved.as_fd()];
+        let fixed = fixed.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let mut polled: Vec<PollFd<'_>> = fixed.chain(control).collect();
+        // While stopping, threads end one after the other; looking now and then is enough for that.
+        let look_at = stop_at.map(|at| at.min(Instant::now() + Duration::from_millis(20)));
+        let tell_at = self.control.as_ref().and_then(ControlServer::next_deadline);
+        let timeout = match [look_at, tell_at].into_iter().flatten().min() {
+            Some(at) => waits::poll_timeout(at),
             None => PollTimeout::NONE,
         };
         // An error here is EINTR or a passing shortage; everything is looked at anyway.
@@ -200,9 +218,11 @@ impl Server {
 
     fn serve_control(&mut self) {
         let Some(mut control) = self.control.take() else { return };
+        self.tell_waiting(&mut control);
         control.serve(|request| match request {
-            Request::SetTable(table) => self.set_table(table),
-            Request::Status(_) => self.status(),
+            Request::SetTable(table) => Reply::Now(self.set_table(table)),
+            Request::Status(_) => Reply::Now(self.status()),
+            Request::Wait(query) => self.wait_for(query),
         });
         self.control = Some(control);
     }

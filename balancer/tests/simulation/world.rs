@@ -191,6 +191,7 @@ impl World {
             assert_eq!(busy, (0, 0, 0), "{} still counts something", upstream.id);
         }
         assert!(snapshot.routes.iter().all(|route| route.held == 0), "something is still held");
+        assert!(snapshot.routes.iter().all(|route| route.active == 0), "a route still counts something");
         assert_eq!((snapshot.counters.connections_open, snapshot.counters.upstream_connections_open), (0, 0));
         assert_eq!(self.noted, snapshot.counters.requests, "the access log does not reconcile");
         drop(std::mem::take(&mut self.ready));

@@ -1,0 +1,47 @@
+//! What goes on at each route: how many it is serving, since when it serves nobody, and whether somebody waits
+//! there for an upstream that does not exist.
+//!
+//! ```text
+//!               enter                    leave: answered, passed on, or gone
+//!   (no route) ──────▶ on a route ──────────────────────────────────────────▶ (no route)
+//! ```
+//!
+//! An app that is stopped while nobody uses it needs both ends of this: `idle_ms` says when it may be
+//! stopped, and a route that *starves* (it holds something and has nobody to give it to) says when it is
+//! wanted again. Starving is told at once, as an event; what starves is then read from the state, so an
+//! event that comes twice, or late, does no harm.
+
+use super::engine::Core;
+use super::io::SockId;
+
+impl Core {
+    /// A client's request or connection belongs to its route from now on.
+    pub(super) fn enter_route(&mut self, client: SockId) {
+        self.leave_route(client);
+        let Some(sock) = self.socks.get_mut(client) else { return };
+        let Some(key) = sock.wait().map(|wait| wait.route) else { return };
+        let Some(route) = self.routes.get_mut(key) else { return };
+        route.active += 1;
+        sock.on_route = Some(key);
+    }
+
+    /// What the client wanted of its route is over.
+    pub(super) fn leave_route(&mut self, client: SockId) {
+        let now = self.now;
+        let key = self.socks.get_mut(client).and_then(|sock| sock.on_route.take());
+        if let Some(route) = key.and_then(|key| self.routes.get_mut(key)) {
+            route.active -= 1;
+            route.left_at = now;
+        }
+    }
+
+    /// The routes that hold something and have no upstream that is up.
+    pub fn starving(&self) -> Vec<String> {
+        self.routes.iter().filter(|route| route.is_starving()).map(|route| route.id.clone()).collect()
+    }
+
+    /// Whether a route has begun to starve since this was last asked.
+    pub fn take_starved(&mut self) -> bool {
+        std::mem::take(&mut self.starved)
+    }
+}
