@@ -62,7 +62,7 @@ setup: root
 build: rust
 	cargo build --profile $(PROFILE) --workspace --bins
 	@mkdir -p $(DIST)
-	@for bin in $(PARTS) epagent-demo; do cp --remove-destination $(BUILT)/$$bin $(DIST)/$$bin; done
+	@for bin in $(PARTS) epagent-demo epagent-load; do cp --remove-destination $(BUILT)/$$bin $(DIST)/$$bin; done
 	cargo rustc --profile $(PROFILE) -p epagent-isolation --bin epagent-jail -- -C target-feature=+crt-static
 	cargo rustc --profile $(PROFILE) -p epagent-storage --bin epagent-unpack -- -C target-feature=+crt-static
 	@for bin in $(STATIC); do cp --remove-destination $(BUILT)/$$bin $(DIST)/$$bin; done

@@ -6,6 +6,7 @@
 //! | [`command`] | programs run to their end with a deadline, with what they printed |
 //! | [`api`] | the agent's HTTP API over its unix socket, without the `epagent` command |
 //! | [`http`] | a small HTTP/1.1 client |
+//! | [`front`] | clients and a backend for what the balancer is measured with |
 //! | [`load`] | requests from many threads, each counted, each failure with its reason |
 //! | [`app`] | app folders to deploy |
 //! | [`archive`] | tar archives no packer would make |
@@ -21,6 +22,7 @@ pub mod api;
 pub mod app;
 pub mod archive;
 pub mod command;
+pub mod front;
 pub mod host;
 pub mod http;
 pub mod leftovers;

@@ -360,3 +360,48 @@ fn suites_pass(release: Release) {
         .collect();
     assert!(failed.is_empty(), "failed:\n{}", failed.join("\n"));
 }
+
+/// What a front's own memory may come to with the crowd below, in KiB.
+const FRONT_KIB_MAX: u64 = 64 * 1024;
+
+#[test]
+fn ten_thousand_idle_and_a_thousand_busy_connections_fit_in_64_mib() {
+    if !wanted() {
+        return;
+    }
+    let (idle, busy) = (10_000, 1_000);
+    let mut payload = Payload::default();
+    for program in ["epagent-balancer", "epagent-load"] {
+        payload.program(&epagent_tests::host::binary(program), &format!("/usr/local/bin/{program}"));
+    }
+    let vm = Vm::with(Release::Trixie, Options { payload, ..Options::default() });
+    vm.succeed("sysctl -qw net.ipv4.ip_local_port_range='1024 65535'");
+    let unit = |name: &str, command: &str| {
+        vm.succeed(&format!("systemd-run --quiet --unit={name} --property=LimitNOFILE=100000 {command}"));
+    };
+    unit("backend", "epagent-load backend 127.0.0.1:700 /run/backend.sock 127.0.0.1:701");
+    unit("front", "epagent-balancer run --mode tcp --listen 127.0.0.1:800 --upstream 127.0.0.1:700");
+    vm.wait_until_succeeds(
+        "ss -Hltn 'sport = :800' | grep -q . && ss -Hltn 'sport = :700' | grep -q .",
+        Duration::from_secs(10),
+    );
+    let crowd = format!("epagent-load crowd 127.0.0.1:800 {idle} {busy} 60");
+    unit("crowd", &format!("--property=StandardOutput=file:/run/crowd --remain-after-exit {crowd}"));
+    vm.wait_until_succeeds(&format!("grep -q '^idle.{idle}$' /run/crowd"), Duration::from_secs(120));
+    // While the busy ones are at it.
+    let pss =
+        "pid=$(systemctl show --value -p MainPID front); awk '/^Pss:/ {print $2}' /proc/$pid/smaps_rollup";
+    let mut most_kib = 0;
+    vm.wait_until_succeeds(
+        "ss -Htn state established 'dport = :800' | wc -l | grep -qx 11000",
+        Duration::from_secs(60),
+    );
+    for _ in 0..5 {
+        most_kib = most_kib.max(vm.succeed(pss).trim().parse().unwrap());
+    }
+    vm.wait_until_succeeds("grep -q ^served /run/crowd", Duration::from_secs(180));
+    println!("{}", vm.succeed("cat /run/crowd; cat /sys/fs/cgroup/system.slice/front.service/memory.stat | grep -E '^(anon|sock|slab|kernel) '"));
+    println!("most memory of the front, PSS: {most_kib} KiB");
+    vm.succeed(&format!("grep -q '^served.{idle}$' /run/crowd && grep -q 'failed.0.p50' /run/crowd"));
+    assert!(most_kib <= FRONT_KIB_MAX, "{most_kib} KiB");
+}

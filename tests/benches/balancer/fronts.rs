@@ -161,7 +161,7 @@ impl Backend {
     pub fn start(folder: &Path) -> Self {
         let (http, bulk) = (free_address(), free_address());
         let unix = folder.join("backend.sock");
-        let mut command = own_part(super::LOAD_CPU);
+        let mut command = pinned(super::LOAD_CPU, &load_program());
         command.args(["backend", &http.to_string(), &unix.display().to_string(), &bulk.to_string()]);
         let child = command.spawn().unwrap_or_else(|error| panic!("starting the backend: {error}"));
         let backend = Self { http, unix, bulk, child };
@@ -196,12 +196,17 @@ fn pinned(cpu: usize, program: &Path) -> Command {
 }
 
 /// This program again, as one of its parts.
-fn own_part(cpu: usize) -> Command {
-    pinned(cpu, &std::env::current_exe().unwrap_or_else(|error| panic!("finding this program: {error}")))
+fn own_program() -> PathBuf {
+    std::env::current_exe().unwrap_or_else(|error| panic!("finding this program: {error}"))
+}
+
+/// `epagent-load`, as cargo built it for this bench.
+fn load_program() -> PathBuf {
+    PathBuf::from(env!("CARGO_BIN_EXE_epagent-load"))
 }
 
 fn naive(part: &str, address: SocketAddr, upstream: SocketAddr) -> Command {
-    let mut command = own_part(super::FRONT_CPU);
+    let mut command = pinned(super::FRONT_CPU, &own_program());
     command.args([part, &address.to_string(), &upstream.to_string()]);
     command
 }

@@ -16,9 +16,7 @@
 
 #![forbid(unsafe_code)]
 
-mod backend;
 mod fronts;
-mod load;
 mod naive;
 mod report;
 mod scenarios;
@@ -34,7 +32,6 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         // Parts of the bench that are processes of their own.
-        ["backend", http, unix, bulk] => backend::run(http, unix, bulk),
         ["naive-tokio", listen, upstream] => naive::tokio_proxy(listen, upstream),
         ["naive-tokio-uring", listen, upstream] => naive::tokio_uring_proxy(listen, upstream),
         // cargo says --bench.

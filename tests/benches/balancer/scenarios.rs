@@ -5,13 +5,13 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use epagent_tests::front::load;
 use epagent_tests::poll::setting;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::Pid;
 
 use crate::fronts::{Backend, Front, Kind, is_installed};
-use crate::load;
 use crate::report::{Row, summary};
 
 /// One thing to measure.

@@ -2,12 +2,15 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use crate::backend::{DOWN, UP};
+use super::backend::{BODY, DOWN, UP};
+
+/// How long a lone request may wait for its answer.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What the clients of one round saw.
 #[derive(Debug, Clone, Default)]
@@ -117,7 +120,7 @@ impl Client {
         if !self.got.starts_with(b"HTTP/1.1 200") {
             return Received::Failed;
         }
-        match self.got.len() >= head + 4 + crate::backend::BODY.len() {
+        match self.got.len() >= head + 4 + BODY.len() {
             true => Received::Answer,
             false => Received::More,
         }
@@ -159,17 +162,30 @@ fn transfer(to: SocketAddr, down: bool, bytes: u64) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Opens connections that do nothing, and keeps them. Each has sent and received once, so that the front has
+/// Opens connections that do nothing, and keeps them. Each has asked and been answered once, so that the front has
 /// its upstream connection too.
 pub fn idle(to: SocketAddr, count: u64) -> Vec<TcpStream> {
     let mut clients = Vec::new();
     for _ in 0..count {
-        let Some(mut client) = Client::connect(to) else { break };
-        let _ = client.stream.set_nonblocking(false);
-        client.send(b"GET / HTTP/1.1\r\nHost: bench.example\r\n\r\n");
-        while matches!(client.receive(), Received::More) {}
-        clients.push(client.stream);
+        let Ok(mut stream) = TcpStream::connect(to) else { break };
+        if stream.set_read_timeout(Some(ANSWER_DEADLINE)).is_err() || ask(&mut stream).is_err() {
+            break;
+        }
+        clients.push(stream);
     }
-    debug_assert!(clients.iter().all(|stream| stream.as_raw_fd() >= 0));
     clients
+}
+
+/// One request and its answer, waiting.
+pub fn ask(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: bench.example\r\n\r\n")?;
+    let mut answer = Vec::new();
+    let mut buffer = [0; 1024];
+    while !answer.ends_with(BODY) {
+        match stream.read(&mut buffer)? {
+            0 => return Err(std::io::Error::other("closed before the answer was complete")),
+            count => answer.extend_from_slice(&buffer[..count]),
+        }
+    }
+    Ok(())
 }
