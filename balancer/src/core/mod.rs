@@ -31,6 +31,7 @@ pub mod http;
 pub mod io;
 pub mod listen;
 pub mod outbox;
+pub mod preface;
 mod routes;
 mod session;
 mod settle;
