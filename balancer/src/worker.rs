@@ -34,8 +34,12 @@ pub enum Command {
     Status(Sender<Snapshot>),
     /// Which routes starve.
     Starving(Sender<Vec<String>>),
-    /// Accept nothing more, finish what is under way, then end.
+    /// Accept nothing more, finish what is under way, give idle clients their usual time, then end.
+    Drain,
+    /// As [`Command::Drain`], but idle clients are let go soon.
     Stop,
+    /// Reset whoever is left.
+    Abort,
 }
 
 /// A running data-path thread.
@@ -195,6 +199,8 @@ fn obey(command: Command, core: &mut Core, door: &mut impl Door, now: Millis) {
         Command::Starving(reply) => {
             let _ = reply.send(core.starving());
         }
+        Command::Drain => core.drain(now),
         Command::Stop => core.stop(now),
+        Command::Abort => core.abort(now),
     }
 }

@@ -59,7 +59,7 @@ impl Config {
     pub const LINGER_MS: Millis = 1_000;
     /// Pause after accepting failed for lack of descriptors or memory.
     pub const ACCEPT_BACKOFF_MS: Millis = 100;
-    /// While stopping: an idle client is closed after this.
+    /// While stopping in a hurry: an idle client is closed after this.
     pub const STOPPING_IDLE_MS: Millis = 1_000;
 }
 

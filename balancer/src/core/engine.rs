@@ -41,7 +41,10 @@ pub struct Core {
     pub(super) hold_tick_at: Option<Millis>,
     /// A route has begun to starve.
     pub(super) starved: bool,
+    /// Nothing more is accepted, and every response is a client's last.
     pub(super) stopping: bool,
+    /// Stopping, and in a hurry: idle clients are given little time.
+    pub(super) hurried: bool,
     pub(super) counters: Counters,
     pub(super) out: Vec<Op>,
     pub(super) access: Vec<Access>,
@@ -140,19 +143,43 @@ impl Core {
         self.release_wanted = true;
     }
 
-    /// Accepts nothing more, and lets clients go as they finish what they are doing.
-    pub fn stop(&mut self, now: Millis) {
+    /// Accepts nothing more, and lets clients go with their next response. An idle one has its ordinary time
+    /// for another request, since a close could cross with it on the way; whoever is in a hurry calls
+    /// [`Core::stop`].
+    pub fn drain(&mut self, now: Millis) {
         self.now = now;
         self.stopping = true;
-        let clients: Vec<SockId> = self.socks.iter().map(|(id, _)| id).collect();
+        self.touch_all();
+    }
+
+    /// Accepts nothing more, and lets clients go as they finish what they are doing; idle ones soon.
+    pub fn stop(&mut self, now: Millis) {
+        self.hurried = true;
+        self.drain(now);
+    }
+
+    /// Resets every client that is left.
+    pub fn abort(&mut self, now: Millis) {
+        self.now = now;
+        let clients: Vec<SockId> =
+            self.socks.iter().filter(|(_, sock)| sock.is_client()).map(|(id, _)| id).collect();
         for client in clients {
-            self.touch(client);
+            self.client_gone(client);
         }
     }
 
-    /// Whether a stopping core has no client left.
+    fn touch_all(&mut self) {
+        let all: Vec<SockId> = self.socks.iter().map(|(id, _)| id).collect();
+        for sock in all {
+            self.touch(sock);
+        }
+    }
+
+    /// Whether a stopping core has no client left, and none can come: what was accepted before an accept
+    /// could be called off is served too.
     pub fn is_finished(&self) -> bool {
-        self.stopping && self.counters.connections_open == 0
+        let accepts = self.listeners.values().any(|listener| listener.recv != Recv::Off);
+        self.stopping && !accepts && self.counters.connections_open == 0
     }
 
     /// Open sockets, for tests that look for leaks.

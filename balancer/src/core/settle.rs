@@ -154,10 +154,10 @@ impl Core {
             Role::Http(http) => match http.phase {
                 Phase::Head => Some(match http.head_since {
                     Some(since) => since + config.head_timeout_ms,
-                    None if http.requests == 0 && !self.stopping => http.idle_since + config.head_timeout_ms,
+                    None if http.requests == 0 && !self.hurried => http.idle_since + config.head_timeout_ms,
                     // It idles from when it had its last response, which may be long after we had it.
                     None => {
-                        let most = if self.stopping { Config::STOPPING_IDLE_MS } else { Millis::MAX };
+                        let most = if self.hurried { Config::STOPPING_IDLE_MS } else { Millis::MAX };
                         http.idle_since.max(sock.moved_at) + config.client_idle_timeout_ms.min(most)
                     }
                 }),

@@ -214,7 +214,7 @@ impl Core {
         if let Some(sock) = client.and_then(|client| self.socks.get_mut(client)) {
             sock.peer = None;
             sock.cautious = false;
-            let stopping = self.stopping;
+            let hurried = self.hurried;
             if let Some(http) = sock.http() {
                 body_done = http.body_done();
                 let address = http.address;
@@ -222,7 +222,8 @@ impl Core {
                 let asked_to_close = request.as_ref().is_some_and(|request| !request.keep_alive);
                 ended = Some((address, request));
                 http.idle_since = now;
-                if body_done && client_keep_alive && !stopping {
+                // A client that was promised another turn has it, also of a balancer that drains.
+                if body_done && client_keep_alive && !hurried {
                     http.phase = Phase::Head;
                 } else {
                     // One that did not expect the end may have said more, and closing on unread bytes is a

@@ -1,6 +1,7 @@
 //! The core under a seeded simulator: a network that delivers late, short and in pieces, buffers that run
 //! out, receives that end by themselves, apps that come, go and crash, clients that pipeline, stall, half
-//! close and vanish, streams that end either way round. Every seed replays exactly.
+//! close and vanish, streams that end either way round, balancers that drain and are succeeded. Every seed
+//! replays exactly.
 //!
 //! What is checked: what the core asks of a door is within the contract; no byte is lost, doubled or mixed
 //! up between requests; without crashes every request gets its answer; a request that must not be repeated
@@ -15,15 +16,16 @@ mod world;
 
 use world::{Mode, World};
 
-/// Seeds of one test run, over the three modes; some ten seconds in a debug build.
-const SEEDS: u64 = 2_100;
+/// Seeds of one test run, over the four modes.
+const SEEDS: u64 = 2_800;
+const MODES: u64 = 4;
 
 fn seeds(mode_index: u64) -> Vec<u64> {
     if let Ok(seed) = std::env::var("SIMULATION_SEED") {
         return vec![seed.parse().expect("SIMULATION_SEED is a number")];
     }
     let count = std::env::var("SIMULATION_SEEDS").map_or(SEEDS, |text| text.parse().expect("a number"));
-    (0..count / 3).map(|seed| seed * 3 + mode_index).collect()
+    (0..count / MODES).map(|seed| seed * MODES + mode_index).collect()
 }
 
 fn check(mode: Mode, mode_index: u64) {
@@ -49,4 +51,9 @@ fn deploys_fail_no_request() {
 #[test]
 fn crashes_and_vanishing_clients_hurt_only_their_own_requests() {
     check(Mode::Crashes, 2);
+}
+
+#[test]
+fn a_balancer_that_drains_and_its_successor_fail_no_request() {
+    check(Mode::Handovers, 3);
 }

@@ -29,6 +29,8 @@ pub enum Mode {
     Calm,
     Deploys,
     Crashes,
+    /// Deploys, and balancers that drain until a successor takes their place.
+    Handovers,
 }
 
 /// A socket as the door has it.
@@ -76,6 +78,7 @@ pub struct World {
     pub rng: Rng,
     pub mode: Mode,
     core: Core,
+    config: Config,
     now: u64,
     version: u64,
     holding: bool,
@@ -105,7 +108,8 @@ impl World {
         let mut world = Self {
             rng,
             mode,
-            core: Core::new(config),
+            core: Core::new(config.clone()),
+            config,
             now: 1,
             version: 0,
             holding: false,
@@ -122,9 +126,7 @@ impl World {
             noted: 0,
             traced: std::env::var_os("SIMULATION_TRACE").is_some(),
         };
-        world.push_table();
-        world.core.add_listener(ListenerId(HTTP as u32), Listen::plain(Listening::Http));
-        world.core.add_listener(ListenerId(TCP as u32), Listen::plain(Listening::Tcp { port: TCP_PORT }));
+        world.begin();
         for client in 0..CLIENTS {
             world.dial(HTTP, Far::Client(client));
         }
@@ -185,6 +187,34 @@ impl World {
             self.batch();
         }
         assert_eq!(self.core.socket_count(), 0, "sockets are left open");
+        self.check_nothing_is_left();
+        drop(std::mem::take(&mut self.ready));
+        self.socks.clear();
+        assert_eq!(self.live.get(), 0, "lent buffers were not given back");
+    }
+
+    /// A drained core ends, as its process would; another one takes the listening sockets over.
+    fn succeed(&mut self) {
+        assert!(self.unadopted.is_empty(), "an accepted client is lost");
+        assert!(self.listeners.iter().all(|listener| !listener.accepting), "it ends while it accepts");
+        let sockets: Vec<SockId> = self.socks.keys().copied().collect();
+        for sock in sockets {
+            self.apply(Op::Close { sock, reset: false });
+        }
+        self.ready.clear();
+        let access_noted = self.core.snapshot(self.now).counters.requests;
+        assert_eq!(std::mem::take(&mut self.noted), access_noted, "the access log does not reconcile");
+        self.core = Core::new(self.config.clone());
+        self.begin();
+    }
+
+    fn begin(&mut self) {
+        self.push_table();
+        self.core.add_listener(ListenerId(HTTP as u32), Listen::plain(Listening::Http));
+        self.core.add_listener(ListenerId(TCP as u32), Listen::plain(Listening::Tcp { port: TCP_PORT }));
+    }
+
+    fn check_nothing_is_left(&self) {
         let snapshot = self.core.snapshot(self.now);
         for upstream in &snapshot.upstreams {
             let busy = (upstream.active_requests, upstream.active_connections, upstream.idle_connections);
@@ -194,9 +224,6 @@ impl World {
         assert!(snapshot.routes.iter().all(|route| route.active == 0), "a route still counts something");
         assert_eq!((snapshot.counters.connections_open, snapshot.counters.upstream_connections_open), (0, 0));
         assert_eq!(self.noted, snapshot.counters.requests, "the access log does not reconcile");
-        drop(std::mem::take(&mut self.ready));
-        self.socks.clear();
-        assert_eq!(self.live.get(), 0, "lent buffers were not given back");
     }
 
     fn push_table(&mut self) {
@@ -225,6 +252,9 @@ impl World {
 
     /// A deploy step or a crash.
     fn change_the_world(&mut self) {
+        if self.mode == Mode::Handovers && self.rng.one_in(3) {
+            return self.core.drain(self.now);
+        }
         let app = self.rng.below(APPS as u64) as usize;
         match self.rng.below(if self.mode == Mode::Crashes { 5 } else { 4 }) {
             0 => self.holding = !self.holding && self.rng.one_in(2),
@@ -278,6 +308,9 @@ impl World {
         for op in ops {
             self.trace(&op);
             self.apply(op);
+        }
+        if self.core.is_finished() {
+            self.succeed();
         }
         let trying = self.socks.values().filter(|sock| sock.trying).count();
         assert!(trying > 0 || self.live.get() == 0, "{} lent buffers are kept", self.live.get());
