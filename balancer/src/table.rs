@@ -18,13 +18,16 @@
 //! Parsing is strict (an unknown key is an error), and [`Table::validate`] refuses what has no single
 //! meaning, such as two routes with one match.
 
+pub mod actions;
 pub mod address;
 
 use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
 
+use self::actions::{ActionFault, Alias, Empty, NoSettings, Pages, Redirect, StaticPage};
 pub use self::address::{Address, AddressError, UnixPath};
+use crate::core::http::answer::Answer;
 
 /// Most routes one table may hold.
 pub const ROUTES_MAX: usize = 20_000;
@@ -45,6 +48,9 @@ pub struct Table {
     /// What routes use that do not say otherwise.
     #[serde(default)]
     pub defaults: Defaults,
+    /// What is said in place of the balancer's own answers, by their codes: `{"unknown_host": {"body": ...}}`.
+    #[serde(default, skip_serializing_if = "Pages::is_empty")]
+    pub pages: Pages,
 }
 
 /// Values for routes that leave them out.
@@ -93,6 +99,18 @@ pub enum Action {
     Proxy(Proxy),
     /// Hold everything new until a later table says otherwise.
     Hold(Hold),
+    /// Answer with a page. This and all that follow are for HTTP routes only.
+    Static(StaticPage),
+    /// Send the client elsewhere.
+    Redirect(Redirect),
+    /// Answer with a status and nothing else.
+    Empty(Empty),
+    /// Do what the route of another host does.
+    Alias(Alias),
+    /// Answer as if no route took the host.
+    UnknownHost(NoSettings),
+    /// Answer as if there were no route at all.
+    NoHosts(NoSettings),
 }
 
 /// The upstreams of a route.
@@ -168,12 +186,18 @@ pub enum TableError {
     PortZero { route: String },
     #[error("route {route:?} names the upstream {id:?} twice")]
     SameUpstream { route: String, id: String },
+    #[error("route {route:?}: {fault}")]
+    Action { route: String, fault: ActionFault },
+    #[error("the page for {code:?}: {fault}")]
+    Page { code: String, fault: ActionFault },
+    #[error("there is a page for {code:?}, which is no answer of the balancer's; it has {}", Answer::CODES.join(", "))]
+    UnknownPage { code: String },
 }
 
 impl Table {
     /// A table that routes nothing: what runs before the first one arrives.
     pub fn empty() -> Self {
-        Self { version: 0, routes: Vec::new(), defaults: Defaults::default() }
+        Self { version: 0, routes: Vec::new(), defaults: Defaults::default(), pages: Pages::new() }
     }
 
     /// Checks what serde cannot: bounds, names, and that no two routes claim the same traffic.
@@ -201,6 +225,15 @@ impl Table {
                 return Err(TableError::SameMatch { route: route.id.clone(), what });
             }
             route.check_upstreams()?;
+            let failed = |fault| TableError::Action { route: route.id.clone(), fault };
+            route.action.check(&route.matches).map_err(failed)?;
+        }
+        actions::check_aliases(&self.routes).map_err(|(route, fault)| TableError::Action { route, fault })?;
+        for (code, page) in &self.pages {
+            if !Answer::CODES.contains(&code.as_str()) {
+                return Err(TableError::UnknownPage { code: code.clone() });
+            }
+            page.check().map_err(|fault| TableError::Page { code: code.clone(), fault })?;
         }
         Ok(())
     }
@@ -211,7 +244,7 @@ impl Route {
     pub fn upstreams(&self) -> &[Upstream] {
         match &self.action {
             Action::Proxy(proxy) => &proxy.upstreams,
-            Action::Hold(_) => &[],
+            _ => &[],
         }
     }
 

@@ -17,9 +17,7 @@ use epagent_balancer::core::config::Config;
 use epagent_balancer::core::listen::{self, Listen};
 use epagent_balancer::ring::inherit;
 use epagent_balancer::server::{Options, Server, chain, log};
-use epagent_balancer::table::{
-    Action, Address, Defaults, Match, Proxy, Route, Table, Upstream, UpstreamState,
-};
+use epagent_balancer::table::{Action, Address, Match, Proxy, Route, Table, Upstream, UpstreamState};
 use epagent_balancer::worker::BufferSizes;
 
 /// An io_uring TCP and HTTP balancer that can hold a request while the app behind it changes.
@@ -187,7 +185,7 @@ fn run(args: RunArgs) -> Result<(), String> {
     };
     let action = Action::Proxy(Proxy { upstreams: upstreams.collect() });
     let route = Route { id: "run".to_owned(), matches, action, hold: None };
-    let table = Table { version: 0, routes: vec![route], defaults: Defaults::default() };
+    let table = Table { version: 0, routes: vec![route], ..Table::empty() };
     table.validate().map_err(|error| chain(&error))?;
     start(Options { bind: vec![(Listen::plain(mode), args.listen)], table, ..args.common.options() })
 }

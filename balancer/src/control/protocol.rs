@@ -263,6 +263,8 @@ counters! {
     requests,
     /// Responses passed on in full.
     responses,
+    /// Requests answered by a static page, a redirect or a bare status of their route.
+    answered_by_action,
     /// 400: refused, malformed or ambiguous.
     refused_bad_request,
     /// 405: CONNECT.

@@ -102,6 +102,11 @@ impl Request {
         let line = line.strip_suffix(b" HTTP/1.1").unwrap_or(line);
         String::from_utf8_lossy(line).into_owned()
     }
+
+    /// Path and query, as they are sent upstream.
+    pub fn target(&self) -> &[u8] {
+        self.forward.split(|b| *b == b' ').nth(1).unwrap_or_default()
+    }
 }
 
 impl super::session::Exchange {

@@ -1,6 +1,7 @@
 //! The client's side of HTTP: reading requests, passing bodies on, answering for the balancer.
 
 use super::chunk::Chunk;
+use super::config::Config;
 use super::engine::Core;
 use super::http::answer::Answer;
 use super::http::head::{self, Scan, Version};
@@ -9,7 +10,7 @@ use super::io::{Op, SockId};
 use super::session::{Finish, HttpClient, Phase, Request, Role, Sock, Wait};
 
 /// What looking at a client's bytes led to.
-enum Step {
+pub(super) enum Step {
     /// This many were used; look at the rest.
     Used(usize),
     /// The rest has to wait.
@@ -24,11 +25,16 @@ impl Core {
         let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return };
         let mut chunk = join(&mut http.inbuf, fresh);
         while !chunk.is_empty() {
-            let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return };
+            let Some(sock) = self.socks.get_mut(id) else { return };
+            let full = sock.out.bytes() >= Config::BACKLOG_HIGH_BYTES;
+            let Some(http) = sock.http() else { return };
             let step = match http.phase {
+                // One that asks on and on without reading waits until it has read.
+                Phase::Head if full => Step::Keep,
                 Phase::Head => self.read_head(id, &chunk),
                 Phase::Exchange if !http.body_done() => self.pass_body(id, &chunk),
-                Phase::Waiting | Phase::Exchange => Step::Keep,
+                Phase::Dropping if !http.body_done() => self.drop_body(id, &chunk),
+                Phase::Waiting | Phase::Exchange | Phase::Dropping => Step::Keep,
                 Phase::Done => Step::Over,
             };
             match step {
@@ -47,6 +53,21 @@ impl Core {
     /// if this one was taken in whole.
     pub(super) fn answer(&mut self, id: SockId, answer: Answer) {
         *answer.counter(&mut self.counters) += 1;
+        let page = self.pages.get(answer.code()).cloned();
+        self.respond(id, answer.code(), answer.status(), |request, keep_alive| {
+            let is_head = request.is_some_and(|request| request.is_head);
+            (answer.write(is_head, keep_alive, page.as_deref()), Chunk::owned(Vec::new()))
+        });
+    }
+
+    /// Ends a client's request with a response that no upstream gave.
+    pub(super) fn respond(
+        &mut self,
+        id: SockId,
+        outcome: &'static str,
+        status: u16,
+        write: impl FnOnce(Option<&Request>, bool) -> (Vec<u8>, Chunk),
+    ) {
         self.leave_route(id);
         let (now, stopping) = (self.now, self.stopping);
         let Some(sock) = self.socks.get_mut(id) else { return };
@@ -65,9 +86,10 @@ impl Core {
             http.inbuf = Vec::new();
             sock.finish = Finish::Linger { until: None };
         }
-        let is_head = request.as_ref().is_some_and(|request| request.is_head);
-        sock.push(now, Chunk::owned(answer.write(is_head, keep_alive)));
-        self.note(address, request.as_ref(), answer.code(), Some(answer.status()), None);
+        let (head, body) = write(request.as_ref(), keep_alive);
+        sock.push(now, Chunk::owned(head));
+        sock.push(now, body);
+        self.note(address, request.as_ref(), outcome, Some(status), None);
         self.touch(id);
         self.runnable.push_back(id);
     }
@@ -77,7 +99,7 @@ impl Core {
         let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else {
             return self.close_client(id, true);
         };
-        if matches!(http.phase, Phase::Waiting | Phase::Exchange) {
+        if matches!(http.phase, Phase::Waiting | Phase::Exchange | Phase::Dropping) {
             self.counters.client_aborted += 1;
             self.note_broken(id, "aborted");
         }
@@ -148,6 +170,9 @@ impl Core {
             keep_alive: plan.keep_alive,
             upgrade: plan.upgrade,
             fresh_only: false,
+            expects: plan.expects,
+            reply: None,
+            dropped_bytes: 0,
             began_at: now,
         });
         match route {

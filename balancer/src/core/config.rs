@@ -36,6 +36,9 @@ impl Config {
     pub const BACKLOG_LOW_BYTES: usize = 32 * 1024;
     /// Request bytes kept of a client that has to wait: body while it is held, pipelined requests.
     pub const AHEAD_BYTES: usize = 64 * 1024;
+    /// Of the body of a request that a route answers by itself, this much is read so that the connection
+    /// can go on; a larger one ends it.
+    pub const DROPPED_BYTES_MAX: u64 = 64 * 1024;
     /// A response head larger than this is refused.
     pub const RESPONSE_HEAD_BYTES_MAX: usize = 64 * 1024;
     /// Kept-alive connections per upstream and thread.

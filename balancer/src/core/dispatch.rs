@@ -7,6 +7,7 @@ use super::config::Config;
 use super::engine::Core;
 use super::http::answer::Answer;
 use super::io::{Errno, Op, SockId};
+use super::routes::Route;
 use super::session::{Finish, Phase, Role, Sock, UpPhase, UpstreamConn, Wait};
 use super::slab::{RouteKey, UpstreamKey};
 use crate::control::protocol::ShownState;
@@ -15,6 +16,9 @@ impl Core {
     /// Gives a waiting client to an upstream of its route, or holds it.
     pub(super) fn dispatch(&mut self, client: SockId) {
         let Some(route) = self.route_of(client) else { return self.reroute(client) };
+        if let Some(reply) = self.routes.get(route).and_then(|route| route.reply.clone()) {
+            return self.act(client, reply);
+        }
         match self.choose(route) {
             Some(upstream) => self.give(client, upstream),
             None => self.hold(client, route),
@@ -46,6 +50,12 @@ impl Core {
     /// Lets held clients go, as far as upstreams can take them.
     pub(super) fn release_all(&mut self) {
         for route in self.routes.holding() {
+            while let Some((client, reply)) = self.routes.get_mut(route).and_then(Route::pop_answered) {
+                if let Some(wait) = self.wait_mut(client) {
+                    wait.queued = false;
+                    self.act(client, reply);
+                }
+            }
             while let Some(upstream) = self.choose_for_held(route) {
                 let Some((client, _)) = self.routes.get_mut(route).and_then(|route| route.held.pop_front())
                 else {
@@ -145,7 +155,7 @@ impl Core {
     /// The client's route, while the table has it.
     fn route_of(&mut self, client: SockId) -> Option<RouteKey> {
         let key = self.wait_mut(client)?.route;
-        self.routes.get(key).map(|_| key)
+        self.routes.get(key).filter(|route| !route.is_alias).map(|_| key)
     }
 
     fn choose(&mut self, route: RouteKey) -> Option<UpstreamKey> {

@@ -8,8 +8,9 @@
 //! socket's sends, receive, timer and end into line with its state. So no handler needs to think of all
 //! that follows from it, and what follows is decided in one place.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
+use std::rc::Rc;
 
 use super::access::Access;
 use super::chunk::Chunk;
@@ -17,12 +18,13 @@ use super::config::Config;
 use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
 use super::listen::{Listen, Mode};
 use super::routes::Routes;
-use super::session::{Finish, HttpClient, Recv, Role, Sock, TcpClient, Wait};
+use super::session::{Finish, HttpClient, Phase, Recv, Role, Sock, TcpClient, Wait};
 use super::slab::Slab;
 use super::timers::Timers;
 use super::upstreams::Upstreams;
 use crate::control::protocol::{Counters, RouteStatus, UpstreamStatus};
 use crate::table::Table;
+use crate::table::actions::Page;
 
 /// One thread's data path, without its I/O.
 #[derive(Debug, Default)]
@@ -48,6 +50,8 @@ pub struct Core {
     pub(super) counters: Counters,
     pub(super) out: Vec<Op>,
     pub(super) access: Vec<Access>,
+    /// What is said in place of our own answers, by their codes.
+    pub(super) pages: HashMap<String, Rc<Page>>,
     listeners: BTreeMap<ListenerId, Listener>,
     accept_after: Option<Millis>,
 }
@@ -140,6 +144,7 @@ impl Core {
             self.reroute(client);
         }
         self.upstreams.sweep();
+        self.pages = table.pages.iter().map(|(code, page)| (code.clone(), Rc::new(page.clone()))).collect();
         self.release_wanted = true;
     }
 
@@ -335,7 +340,10 @@ impl Core {
         if bytes > 0 {
             sock.moved_at = now;
         }
-        let peer = sock.peer;
+        let (peer, room) = (sock.peer, sock.out.bytes() < Config::BACKLOG_HIGH_BYTES);
+        if room && sock.http().is_some_and(|http| http.phase == Phase::Head && !http.inbuf.is_empty()) {
+            self.runnable.push_back(id);
+        }
         self.touch(id);
         if let Some(peer) = peer {
             self.touch(peer);

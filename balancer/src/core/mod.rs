@@ -12,6 +12,7 @@
 //! | `settle` | operations and deadlines as functions of state |
 //! | `routes`, `upstreams` | the table as it runs: hold queues, load, reachability |
 //! | `activity` | how many each route serves, since when nobody, and who starves |
+//! | `actions` | routes that answer by themselves |
 //! | [`access`] | what the access log is told |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
 //! | [`chunk`], [`outbox`] | bytes without copying, and what a slow peer may cost |
@@ -21,6 +22,7 @@
 //! ring and behind the simulator of the tests.
 
 pub mod access;
+mod actions;
 mod activity;
 pub mod chunk;
 mod client;

@@ -1,12 +1,15 @@
 //! The routes: finding the one a host or port belongs to, and the queue of what each one holds.
 
 use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 
+use super::actions::Reply;
 use super::io::{Millis, SockId};
 use super::slab::{RouteKey, Slab, UpstreamKey};
 use super::upstreams::Upstreams;
 use crate::control::protocol::RouteStatus;
-use crate::table::{Action, HoldLimits, Match, Table, UpstreamState, normal_pattern};
+use crate::table::actions::ALIAS_DEPTH_MAX;
+use crate::table::{Action, HoldLimits, Match, Table, UpstreamState, normal_host, normal_pattern};
 
 /// One route as the core runs it.
 #[derive(Debug)]
@@ -16,6 +19,10 @@ pub struct Route {
     pub up: Vec<UpstreamKey>,
     /// Whose turn it is among equals.
     pub turn: usize,
+    /// What it answers by itself, without any upstream.
+    pub reply: Option<Rc<Reply>>,
+    /// It is another route's name. Whoever waits at it has to look for a route again.
+    pub is_alias: bool,
     /// This thread's share of the route's limits.
     pub limits: HoldLimits,
     /// Clients that wait, the oldest first, with when they began to.
@@ -31,6 +38,12 @@ pub struct Route {
 }
 
 impl Route {
+    /// Takes the oldest client that waits for a route which now answers by itself.
+    pub fn pop_answered(&mut self) -> Option<(SockId, Rc<Reply>)> {
+        let reply = self.reply.clone()?;
+        self.held.pop_front().map(|(client, _)| (client, reply))
+    }
+
     pub fn status(&self, now: Millis) -> RouteStatus {
         RouteStatus {
             id: self.id.clone(),
@@ -47,7 +60,7 @@ impl Route {
 
     /// Whether it holds something and has nobody to give it to.
     pub fn is_starving(&self) -> bool {
-        self.up.is_empty() && !self.held.is_empty()
+        self.up.is_empty() && self.reply.is_none() && !self.held.is_empty()
     }
 }
 
@@ -116,6 +129,7 @@ impl Routes {
     pub fn apply(&mut self, now: Millis, table: &Table, upstreams: &Upstreams, threads: u32) -> Applied {
         let mut starved = false;
         let mut old = std::mem::take(&mut self.by_id);
+        let (mut aliases, mut orphans) = (HashMap::new(), Vec::new());
         self.exact.clear();
         self.parents.clear();
         self.any = None;
@@ -129,18 +143,44 @@ impl Routes {
             let limits = wanted.hold.unwrap_or(table.defaults.hold);
             route.limits = HoldLimits { max_requests: limits.max_requests.div_ceil(threads), ..limits };
             let starving = route.is_starving();
+            route.reply = Reply::of(&wanted.action);
             route.up = match &wanted.action {
-                Action::Hold(_) => Vec::new(),
                 Action::Proxy(proxy) => {
                     let up = proxy.upstreams.iter().filter(|upstream| upstream.state == UpstreamState::Up);
                     up.filter_map(|upstream| upstreams.key(&upstream.id, &upstream.address)).collect()
                 }
+                _ => Vec::new(),
             };
             starved |= route.is_starving() && !starving;
+            route.is_alias = false;
+            if let Action::Alias(alias) = &wanted.action {
+                route.is_alias = true;
+                aliases.insert(key, (&wanted.matches, alias.host.as_str()));
+                orphans.extend(route.held.drain(..).map(|(client, _)| client));
+            }
         }
+        self.link_aliases(&aliases);
         let gone = old.into_values().filter_map(|key| self.slab.remove(key));
-        let orphans = gone.flat_map(|route| route.held).map(|(client, _)| client).collect();
+        orphans.extend(gone.flat_map(|route| route.held).map(|(client, _)| client));
         Applied { orphans, starved }
+    }
+
+    /// Makes the hosts of aliases lead to the routes that serve them.
+    fn link_aliases(&mut self, aliases: &HashMap<RouteKey, (&Match, &str)>) {
+        let target = |host: &str| {
+            let mut found = self.by_host(&normal_host(host.as_bytes())?)?;
+            // A valid table has no longer chains; one that slipped through leads nowhere.
+            for _ in 0..ALIAS_DEPTH_MAX {
+                let Some((_, next)) = aliases.get(&found) else { return Some(found) };
+                found = self.by_host(&normal_host(next.as_bytes())?)?;
+            }
+            None
+        };
+        let linked: Vec<(&Match, RouteKey)> =
+            aliases.values().filter_map(|(matches, host)| Some((*matches, target(host)?))).collect();
+        for (matches, key) in linked {
+            self.enlist(matches, key);
+        }
     }
 
     fn enlist(&mut self, matches: &Match, key: RouteKey) {
@@ -171,6 +211,8 @@ impl Route {
             id: id.to_owned(),
             up: Vec::new(),
             turn: 0,
+            reply: None,
+            is_alias: false,
             limits: HoldLimits::default(),
             held: VecDeque::new(),
             active: 0,

@@ -6,6 +6,7 @@
 //!                 ├──────────── keep-alive ─────────────────────────┼──────────────────────────┘
 //!                 │                                                 ▼ 101
 //!                 └─ otherwise ▶ Done (send the rest, close)      Tunnel
+//!                Head ──▶ Dropping (the route answers by itself) ──▶ Head or Done
 //! TCP client:    Waiting ──upstream ready──▶ Tunnel
 //! upstream:      Connecting ──▶ Exchange ⇄ Idle        Connecting or Exchange ──▶ Tunnel
 //! ```
@@ -13,7 +14,9 @@
 //! A client and the upstream connection that serves it name each other as `peer`; nothing else links them.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
 
+use super::actions::Reply;
 use super::chunk::Chunk;
 use super::http::body::Body;
 use super::http::head::Version;
@@ -123,6 +126,8 @@ pub enum Phase {
     Head,
     Waiting,
     Exchange,
+    /// The route answers by itself, once the request's body has been read and dropped.
+    Dropping,
     Done,
 }
 
@@ -141,6 +146,11 @@ pub struct Request {
     pub upgrade: bool,
     /// A reused connection failed it once: only a new one will do.
     pub fresh_only: bool,
+    /// The client waits for a word before it sends the body.
+    pub expects: bool,
+    /// What its route answers once the body is dropped, and how much of that has been.
+    pub reply: Option<Rc<Reply>>,
+    pub dropped_bytes: u64,
     pub began_at: Millis,
 }
 

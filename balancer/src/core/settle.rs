@@ -27,10 +27,11 @@ impl Core {
     /// Everything is sent: FIN, linger or close, as decided before. True when the socket is gone.
     fn settle_end(&mut self, id: SockId) -> bool {
         let Some(sock) = self.socks.get_mut(id) else { return true };
+        let full = sock.out.bytes() >= Config::BACKLOG_HIGH_BYTES;
         if let Some(http) = sock.http() {
-            let (between, unfinished) =
-                (http.phase == Phase::Head, !http.body_done() && http.inbuf.is_empty());
-            let exchanging = http.phase == Phase::Exchange;
+            let between = http.phase == Phase::Head && (http.inbuf.is_empty() || !full);
+            let unfinished = !http.body_done() && http.inbuf.is_empty();
+            let exchanging = matches!(http.phase, Phase::Exchange | Phase::Dropping);
             if sock.read_closed && between {
                 sock.finish = Finish::Close;
             } else if sock.read_closed && exchanging && unfinished {
@@ -99,9 +100,11 @@ impl Core {
             (Finish::Linger { .. }, _) => (true, false),
             (Finish::Close, _) => (false, false),
             (_, Role::Http(http)) => match http.phase {
-                Phase::Head => (true, false),
+                Phase::Head => (sock.out.bytes() < Config::BACKLOG_HIGH_BYTES, false),
                 Phase::Exchange if !http.body_done() => self.peer_takes(sock),
-                Phase::Waiting | Phase::Exchange => (http.inbuf.len() < Config::AHEAD_BYTES, false),
+                Phase::Waiting | Phase::Exchange | Phase::Dropping => {
+                    (http.inbuf.len() < Config::AHEAD_BYTES, false)
+                }
                 Phase::Done => (false, false),
             },
             (_, Role::Tcp(tcp)) => (tcp.inbuf.len() < Config::AHEAD_BYTES, false),
@@ -161,10 +164,10 @@ impl Core {
                         http.idle_since.max(sock.moved_at) + config.client_idle_timeout_ms.min(most)
                     }
                 }),
-                Phase::Exchange if !http.body_done() && sock.recv == Recv::Armed => {
+                Phase::Exchange | Phase::Dropping if !http.body_done() && sock.recv == Recv::Armed => {
                     Some(sock.moved_at + config.body_timeout_ms)
                 }
-                Phase::Waiting | Phase::Exchange | Phase::Done => None,
+                Phase::Waiting | Phase::Exchange | Phase::Dropping | Phase::Done => None,
             },
             Role::Upstream(conn) => match conn.phase {
                 UpPhase::Connecting { since, timeout_ms } => Some(since + timeout_ms),
@@ -218,7 +221,7 @@ impl Core {
             Role::Http(http) => match http.phase {
                 Phase::Head if http.is_between() => self.close_client(id, false),
                 Phase::Head => self.answer(id, Answer::SlowHead),
-                Phase::Exchange => self.abandon_exchange(id, Answer::SlowBody),
+                Phase::Exchange | Phase::Dropping => self.abandon_exchange(id, Answer::SlowBody),
                 Phase::Waiting | Phase::Done => {}
             },
             Role::Upstream(conn) => match conn.phase {

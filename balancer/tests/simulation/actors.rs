@@ -159,8 +159,33 @@ fn unchunk(bytes: &[u8]) -> Option<(Vec<u8>, usize)> {
 #[derive(Debug, Clone)]
 pub struct Asked {
     pub id: u64,
+    pub host: String,
     pub method: &'static str,
     pub wire: Vec<u8>,
+}
+
+/// The page of routes that have one.
+pub const PAGE: &str = "a page that is longer than nothing";
+
+impl Asked {
+    /// Checks an answer that a route gives by itself. Such routes have statuses no app uses.
+    fn check_action(&self, message: &Message) {
+        let hosts: &[&str] = match message.status() {
+            299 => &["page.example", "a.example", "other.example"],
+            307 => &["moved.example"],
+            410 => &["empty.example"],
+            _ => {
+                let own = ["page.example", "moved.example", "empty.example"].contains(&self.host.as_str());
+                return assert!(!own || message.status() >= 500, "{} got {:?}", self.host, message.head);
+            }
+        };
+        assert!(hosts.contains(&self.host.as_str()), "{} got {:?}", self.host, message.head);
+        let location = (message.status() == 307).then(|| format!("https://new.example/{}", self.id));
+        assert_eq!(message.field("location"), location.as_deref());
+        let body = if message.status() == 299 { PAGE } else { "" };
+        assert_eq!(message.field("content-length"), Some(body.len().to_string().as_str()));
+        assert!(self.method == "HEAD" || message.body == body.as_bytes(), "another page");
+    }
 }
 
 /// A client's script and what became of it.
@@ -216,7 +241,7 @@ impl Client {
             }
             _ => wire.extend_from_slice(b"\r\n"),
         }
-        Asked { id, method, wire }
+        Asked { id, host: host.to_owned(), method, wire }
     }
 
     /// Puts the next request on the wire when it is time for it.
@@ -238,6 +263,7 @@ impl Client {
                 continue;
             }
             let status = message.status();
+            asked.check_action(&message);
             if status == 200 || status == 204 {
                 assert_eq!(message.id(), Some(asked.id), "an answer to another request: {:?}", message.head);
             }
@@ -289,6 +315,8 @@ impl AppConn {
             let method = request.head.split(' ').next().expect("a method").to_owned();
             let repeatable = request.body.is_empty() && method != "POST";
             assert!(request.body == pattern(id, request.body.len()), "request {id} came with another body");
+            let host = request.field("host").expect("a host");
+            assert!(!["page.example", "moved.example", "empty.example"].contains(&host), "{host} has no app");
             assert!(request.field("x-forwarded-for").is_some() && request.field("connection").is_none());
             self.respond(rng, id, &method);
             served.push((id, repeatable));

@@ -12,7 +12,7 @@ use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RawSocket, R
 use epagent_balancer::core::listen::{Listen, Mode as Listening};
 use epagent_balancer::table::{Address, Table};
 
-use crate::actors::{AppConn, Client, Rng, take_front};
+use crate::actors::{AppConn, Client, PAGE, Rng, take_front};
 use crate::far::{Conn, Far, StreamEnd};
 
 const HTTP: usize = 0;
@@ -82,6 +82,8 @@ pub struct World {
     now: u64,
     version: u64,
     holding: bool,
+    /// Route a shows a page.
+    parked: bool,
     apps: Vec<App>,
     pub clients: Vec<Client>,
     pub conns: Vec<(Conn, Far)>,
@@ -102,7 +104,17 @@ impl World {
     pub fn new(seed: u64, mode: Mode) -> Self {
         let mut rng = Rng(seed);
         let apps = (0..APPS).map(|_| App { listening: true, state: "up" }).collect();
-        let hosts = ["a.example", "b.example", "x.wild.example"];
+        let hosts = [
+            "a.example",
+            "a.example",
+            "b.example",
+            "b.example",
+            "x.wild.example",
+            "other.example",
+            "page.example",
+            "moved.example",
+            "empty.example",
+        ];
         let clients = (0..CLIENTS).map(|n| Client::new(&mut rng, 100 * n as u64, &hosts)).collect();
         let config = Config { connections_max: 1 + rng.below(12), access_log: true, ..Config::default() };
         let mut world = Self {
@@ -113,6 +125,7 @@ impl World {
             now: 1,
             version: 0,
             holding: false,
+            parked: false,
             apps,
             clients,
             conns: Vec::new(),
@@ -167,11 +180,12 @@ impl World {
             if self.mode != Mode::Crashes {
                 assert!(client.is_done(), "unanswered: {:?}", client.waiting.front().map(|asked| asked.id));
                 for (id, status) in &client.answered {
-                    assert!(matches!(status, 200 | 204), "request {id} got {status}");
+                    assert!(matches!(status, 200 | 204 | 299 | 307 | 410), "request {id} got {status}");
                 }
             }
             for (id, status) in &client.answered {
-                assert!(matches!(status, 200 | 204 | 502 | 503), "request {id} got {status}");
+                let known = matches!(status, 200 | 204 | 299 | 307 | 410 | 502 | 503);
+                assert!(known, "request {id} got {status}");
             }
         }
         for (id, times) in &self.served {
@@ -235,9 +249,16 @@ impl World {
             .collect();
         let proxy = format!(r#"{{"proxy":{{"upstreams":[{}]}}}}"#, upstreams.join(","));
         let action = if self.holding { r#"{"hold":{}}"#.to_owned() } else { proxy.clone() };
+        let page = format!(r#"{{"static":{{"status":299,"body":"{PAGE}"}}}}"#);
+        let first = if self.parked { &page } else { &action };
         let text = format!(
             r#"{{"version":{},"routes":[
-              {{"id":"a","match":{{"host":"a.example"}},"action":{action}}},
+              {{"id":"a","match":{{"host":"a.example"}},"action":{first}}},
+              {{"id":"o","match":{{"host":"other.example"}},"action":{{"alias":{{"host":"a.example"}}}}}},
+              {{"id":"p","match":{{"host":"page.example"}},"action":{page}}},
+              {{"id":"m","match":{{"host":"moved.example"}},
+                "action":{{"redirect":{{"to":"https://new.example","status":307}}}}}},
+              {{"id":"e","match":{{"host":"empty.example"}},"action":{{"empty":{{"status":410}}}}}},
               {{"id":"b","match":{{"host":"b.example"}},"action":{proxy}}},
               {{"id":"w","match":{{"host":"*.wild.example"}},"action":{proxy}}},
               {{"id":"t","match":{{"port":{TCP_PORT}}},"action":{}}}]}}"#,
@@ -257,6 +278,7 @@ impl World {
         }
         let app = self.rng.below(APPS as u64) as usize;
         match self.rng.below(if self.mode == Mode::Crashes { 5 } else { 4 }) {
+            0 if self.rng.one_in(2) => self.parked = !self.parked && self.rng.one_in(2),
             0 => self.holding = !self.holding && self.rng.one_in(2),
             1 => self.apps[app].state = "up",
             2 => self.apps[app].state = ["draining", "down"][self.rng.below(2) as usize],

@@ -1,10 +1,11 @@
 //! The balancer's own answers: each fault has its own status, words and counter, and a header that tells
-//! them from an app's (`X-Epagent-Error: unknown_host`).
+//! them from an app's (`X-Epagent-Error: unknown_host`). The words may be replaced by a page of the table's.
 
 use std::io::Write;
 
 use super::head::HeadError;
 use crate::control::protocol::Counters;
+use crate::table::actions::Page;
 
 /// Everything the balancer says in its own name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,30 +52,56 @@ impl Answer {
         }
     }
 
-    /// The whole response. A response to HEAD has no body (RFC 9110 §9.3.2).
-    pub fn write(self, is_head: bool, keep_alive: bool) -> Vec<u8> {
+    /// Every code there is: what a table's pages may be for.
+    pub const CODES: &[&str] = &[
+        "bad_chunk",
+        "bad_request",
+        "head_too_large",
+        "hold_expired",
+        "hold_shed",
+        "http_version",
+        "method_not_allowed",
+        "no_routes",
+        "slow_body",
+        "slow_head",
+        "transfer_coding",
+        "unknown_host",
+        "upstream_bad_response",
+        "upstream_died",
+        "upstream_timeout",
+    ];
+
+    /// The whole response, with the words of `page` if there is one. A response to HEAD has no body (RFC
+    /// 9110 §9.3.2).
+    pub fn write(self, is_head: bool, keep_alive: bool, page: Option<&Page>) -> Vec<u8> {
         let words = self.words();
-        let mut out = Vec::with_capacity(512);
+        let (content_type, text) = match page {
+            Some(page) => (page.content_type.as_str(), &page.body),
+            None => ("text/plain; charset=utf-8", &words.text),
+        };
+        let mut out = Vec::with_capacity(384 + text.len());
         let connection = if keep_alive { "" } else { "Connection: close\r\n" };
         // Writing to a vector cannot fail.
         let _ = write!(
             out,
-            "HTTP/1.1 {}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\n\
+            "HTTP/1.1 {}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n\
              Cache-Control: no-store\r\nX-Epagent-Error: {}\r\n{}{connection}\r\n",
             words.status,
-            words.text.len(),
+            text.len(),
             words.code,
             words.extra,
         );
         if !is_head {
-            out.extend_from_slice(words.text.as_bytes());
+            out.extend_from_slice(text.as_bytes());
         }
         out
     }
 
     /// What tells it from the others, in a header and in the log.
     pub fn code(self) -> &'static str {
-        self.words().code
+        let code = self.words().code;
+        debug_assert!(Self::CODES.contains(&code), "{code} is missing in the list of codes");
+        code
     }
 
     pub fn status(self) -> u16 {

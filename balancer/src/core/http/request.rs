@@ -22,6 +22,8 @@ pub struct RequestPlan {
     pub keep_alive: bool,
     /// Whether the client asks to switch protocols.
     pub upgrade: bool,
+    /// Whether the client waits for `100 Continue`, or for a final answer, before it sends the body.
+    pub expects: bool,
     /// The head to send upstream, always HTTP/1.1.
     pub forward: Vec<u8>,
 }
@@ -67,6 +69,7 @@ struct Facts<'a> {
     keep_alive: bool,
     connection_upgrade: bool,
     upgrade: Option<&'a [u8]>,
+    expects: bool,
     nominated: Vec<&'a [u8]>,
 }
 
@@ -104,6 +107,7 @@ pub fn plan(head: &RequestHead<'_>, peer: Option<IpAddr>) -> Result<RequestPlan,
             Version::Http10 => facts.keep_alive && !facts.close,
         },
         upgrade: upgrade.is_some(),
+        expects: facts.expects && head.version == Version::Http11,
         forward: write_forward(head, target, host_value, &facts, upgrade, peer),
         body,
     })
@@ -136,6 +140,8 @@ fn gather<'a>(head: &RequestHead<'a>) -> Result<Facts<'a>, HeadError> {
                     _ => facts.nominated.push(option),
                 }
             }
+        } else if field.is("expect") {
+            facts.expects = true;
         } else if field.is("upgrade") {
             upgrades += 1;
             facts.upgrade = Some(field.value);
