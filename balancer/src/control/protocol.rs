@@ -279,6 +279,36 @@ counters! {
     refused_version,
     /// 404: no route for the host.
     unknown_host,
+    /// 421: the host is not one the TLS connection was made for.
+    misdirected,
+    /// TLS handshakes done.
+    tls_handshakes,
+    /// Those of them that continued an earlier session.
+    tls_resumed,
+    /// Clients that spoke plain HTTP to a TLS port (400).
+    tls_plain_http,
+    /// Clients that spoke neither TLS nor HTTP to a TLS port.
+    tls_not_tls,
+    /// Handshakes refused because the client offers no version that is served.
+    tls_no_shared_version,
+    /// Handshakes refused because the client offers no cipher, group, signature or protocol that is served.
+    tls_nothing_shared,
+    /// Handshakes refused because no certificate is for the name asked for.
+    tls_unknown_name,
+    /// Handshakes refused because there is no certificate at all.
+    tls_no_certificate,
+    /// Handshakes in which the client did not accept what it was shown.
+    tls_rejected,
+    /// Handshakes in which the client went away.
+    tls_handshake_gone,
+    /// Handshakes in which the client broke the protocol or its bounds.
+    tls_handshake_broken,
+    /// Handshakes that took too long.
+    tls_handshake_timeout,
+    /// TLS connections broken off because the client sent what cannot be decrypted or does not belong.
+    tls_broken,
+    /// Streams over TLS that ended without a goodbye, passed on as broken off.
+    tls_cut,
     /// 503: the table has no HTTP route at all.
     no_routes,
     /// 503: shed from a full hold queue.

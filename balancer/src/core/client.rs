@@ -175,7 +175,9 @@ impl Core {
             dropped_bytes: 0,
             began_at: now,
         });
+        let misdirected = http.is_misdirected();
         match route {
+            _ if misdirected => self.answer(id, Answer::Misdirected),
             Some(_) => {
                 self.count_request(id);
                 self.dispatch(id);
@@ -229,6 +231,12 @@ impl Core {
 }
 
 impl HttpClient {
+    /// Whether the current request is for a host that the client's TLS connection is not for.
+    fn is_misdirected(&self) -> bool {
+        let Some((secured, request)) = self.secured.as_ref().zip(self.request.as_ref()) else { return false };
+        !secured.is_for(&request.host)
+    }
+
     /// Whether the client is between two requests.
     pub(super) fn is_between(&self) -> bool {
         self.phase == Phase::Head && self.head_since.is_none()

@@ -88,6 +88,11 @@ impl Core {
             Completion::RecvEnded { sock, why } => self.recv_ended(sock, why),
             Completion::Sent { sock, bytes } => self.sent(sock, bytes),
             Completion::SendFailed { sock, .. } => self.send_failed(sock),
+            Completion::Secured { sock, secured } => self.secured(sock, secured),
+            Completion::SecureFailed { sock, fault, last_words } => {
+                self.secure_failed(sock, fault, last_words);
+            }
+            Completion::TlsEnded { sock } => self.tls_ended(sock),
         }
     }
 
@@ -238,7 +243,9 @@ impl Core {
         self.counters.connections_open += 1;
         self.out.push(Op::Adopt { raw, sock });
         self.touch(sock);
-        if is_tcp {
+        if listen.tls {
+            self.start_tls(sock, Chunk::owned(Vec::new()));
+        } else if is_tcp {
             self.count_request(sock);
             self.dispatch(sock);
         }
@@ -307,12 +314,16 @@ impl Core {
             RecvEnd::Ended => {}
             RecvEnd::NoBuffers => self.counters.no_buffers += 1,
             RecvEnd::Eof => self.read_closed(id),
-            RecvEnd::Failed(_) => self.broken(id),
+            RecvEnd::Cut => self.cut(id),
+            RecvEnd::Failed(error) => {
+                self.counters.tls_broken += u64::from(error.0 == libc::EPROTO);
+                self.broken(id);
+            }
         }
     }
 
     /// The peer sent FIN.
-    fn read_closed(&mut self, id: SockId) {
+    pub(super) fn read_closed(&mut self, id: SockId) {
         let Some(sock) = self.socks.get_mut(id) else { return };
         sock.read_closed = true;
         match &sock.role {

@@ -7,6 +7,7 @@
 use std::net::SocketAddr;
 
 use super::chunk::Chunk;
+use super::secure::{Secured, TlsFault};
 use crate::table::Address;
 
 /// Milliseconds on a clock that never goes back; where it starts does not matter.
@@ -71,6 +72,12 @@ pub enum Op {
     /// Send; at most one is under way for a socket. With `wait` it ends when some of it was taken; without,
     /// at once, with what the socket's buffer takes now (perhaps nothing).
     Send { sock: SockId, chunks: Vec<Chunk>, wait: bool },
+    /// Speak TLS on an accepted socket, as the server, beginning with what has been read of it. Nothing may
+    /// be sent or received until `Secured` or `SecureFailed` has answered. With `http`, that is the
+    /// application protocol agreed on; else any will do.
+    StartTls { sock: SockId, http: bool, said: Chunk },
+    /// Say TLS's goodbye, after everything else; answered by `TlsEnded`, or `SendFailed`.
+    EndTls { sock: SockId },
     /// Send FIN: the peer sees the end of the stream.
     ShutdownWrite { sock: SockId },
     /// Cancel whatever is under way and close; with `reset` the peer sees RST. Nothing more is said of it.
@@ -94,6 +101,12 @@ pub enum Completion {
     RecvEnded { sock: SockId, why: RecvEnd },
     /// The send is over and this much of it was taken; less than all of it is not an error.
     Sent { sock: SockId, bytes: usize },
+    /// The handshake is done; what is received and sent from here on is plain text.
+    Secured { sock: SockId, secured: Box<Secured> },
+    /// There will be no TLS: the socket is plain again, and `last_words` are to be sent to it as they are.
+    SecureFailed { sock: SockId, fault: TlsFault, last_words: Chunk },
+    /// The goodbye was taken.
+    TlsEnded { sock: SockId },
     /// The send failed; the peer takes no more.
     SendFailed { sock: SockId, error: Errno },
 }
@@ -103,6 +116,8 @@ pub enum Completion {
 pub enum RecvEnd {
     /// The peer sent FIN.
     Eof,
+    /// The peer sent FIN without TLS's goodbye before it: whether that is the end, nobody can tell.
+    Cut,
     /// Every shared buffer was in use.
     NoBuffers,
     /// It was stopped, or was for one chunk, or the kernel ended it for reasons of its own.

@@ -14,6 +14,7 @@
 //! | `activity` | how many each route serves, since when nobody, and who starves |
 //! | `actions` | routes that answer by themselves |
 //! | [`access`] | what the access log is told |
+//! | [`secure`] | TLS, of which the core sees only when it begins, what it proved, and its end |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
 //! | [`chunk`], [`outbox`] | bytes without copying, and what a slow peer may cost |
 //! | `slab`, `timers`, [`config`] | keys that go stale safely, lazy deadlines, every bound |
@@ -35,6 +36,7 @@ pub mod listen;
 pub mod outbox;
 pub mod preface;
 mod routes;
+pub mod secure;
 mod session;
 mod settle;
 mod slab;

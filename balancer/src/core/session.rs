@@ -22,6 +22,7 @@ use super::http::body::Body;
 use super::http::head::Version;
 use super::io::{Millis, SockId};
 use super::outbox::Outbox;
+use super::secure::{Secured, Tls};
 use super::slab::{RouteKey, UpstreamKey};
 
 /// One open socket.
@@ -43,6 +44,7 @@ pub struct Sock {
     /// What to do once everything queued is sent.
     pub finish: Finish,
     pub fin_sent: bool,
+    pub tls: Tls,
     /// When bytes last moved, either way.
     pub moved_at: Millis,
     /// The earliest entry in the timers.
@@ -109,6 +111,8 @@ pub struct TcpClient {
 #[derive(Debug)]
 pub struct HttpClient {
     pub address: Option<SocketAddr>,
+    /// What TLS proved, where the client speaks it.
+    pub secured: Option<Box<Secured>>,
     pub phase: Phase,
     /// Bytes not yet used: an unfinished head, a body that has nowhere to go yet, later requests.
     pub inbuf: Vec<u8>,
@@ -207,6 +211,7 @@ impl Sock {
             read_closed: false,
             finish: Finish::No,
             fin_sent: false,
+            tls: Tls::Off,
             moved_at: now,
             timer_at: None,
             touched: false,
@@ -258,6 +263,7 @@ impl HttpClient {
     pub fn new(address: Option<SocketAddr>, now: Millis) -> Self {
         Self {
             address,
+            secured: None,
             phase: Phase::Head,
             inbuf: Vec::new(),
             scanned: 0,

@@ -8,6 +8,7 @@ use super::config::Config;
 use super::engine::Core;
 use super::http::answer::Answer;
 use super::io::{Errno, Millis, Op, RecvMode, SockId};
+use super::secure::Tls;
 use super::session::{Finish, Phase, Recv, Role, Sock, UpPhase};
 
 impl Core {
@@ -43,8 +44,11 @@ impl Core {
         if !sock.out.is_empty() {
             return false;
         }
+        if sock.finish == Finish::No || !self.settle_goodbye(id) {
+            return false;
+        }
+        let Some(sock) = self.socks.get_mut(id) else { return true };
         match sock.finish {
-            Finish::No => return false,
             Finish::Close => {
                 self.close_client(id, false);
                 return true;
@@ -56,7 +60,7 @@ impl Core {
                 }
                 sock.finish = Finish::Linger { until: Some(until.unwrap_or(self.now + Config::LINGER_MS)) };
             }
-            Finish::Fin => {}
+            Finish::No | Finish::Fin => {}
         }
         if !std::mem::replace(&mut sock.fin_sent, true) {
             self.out.push(Op::ShutdownWrite { sock: id });
@@ -93,7 +97,7 @@ impl Core {
 
     /// Whether more is wanted from a socket now, and whether its other side turned out slow.
     fn wants_recv(&self, sock: &Sock) -> (bool, bool) {
-        if sock.read_closed {
+        if sock.read_closed || matches!(sock.tls, Tls::Handshake { .. }) {
             return (false, false);
         }
         match (&sock.finish, &sock.role) {
@@ -141,6 +145,10 @@ impl Core {
     /// When a socket has been too long in the state it is in.
     fn deadline(&self, sock: &Sock) -> Option<Millis> {
         let config = &self.config;
+        if let Tls::Handshake { since } = sock.tls {
+            let most = if self.stopping { Config::STOPPING_IDLE_MS } else { Millis::MAX };
+            return Some(since + config.head_timeout_ms.min(most));
+        }
         if let Finish::Linger { until: Some(until) } = sock.finish {
             return Some(until);
         }
@@ -150,7 +158,7 @@ impl Core {
                 sock.peer.and_then(|peer| self.socks.get(peer)).map_or(0, |peer| peer.moved_at);
             return Some(sock.moved_at.max(peer_moved_at) + config.tunnel_idle_timeout_ms);
         }
-        if !sock.out.is_empty() {
+        if !sock.out.is_empty() || sock.tls == Tls::Ending {
             return Some(sock.moved_at + config.body_timeout_ms);
         }
         match &sock.role {
@@ -207,10 +215,13 @@ impl Core {
 
     fn expire(&mut self, id: SockId) {
         let Some(sock) = self.socks.get(id) else { return };
+        if let Tls::Handshake { .. } = sock.tls {
+            return self.handshake_expired(id);
+        }
         if let Finish::Linger { until: Some(_) } = sock.finish {
             return self.close_client(id, false);
         }
-        let stalled = !sock.out.is_empty();
+        let stalled = !sock.out.is_empty() || sock.tls == Tls::Ending;
         match &sock.role {
             Role::Tunnel { .. } => self.close_tunnel(id, true),
             Role::Http(_) if stalled => {
@@ -229,6 +240,7 @@ impl Core {
                 UpPhase::Idle { .. } => self.discard_upstream(id, false),
                 UpPhase::Exchange(_) => self.fail_exchange(id, Answer::UpstreamTimeout),
             },
+            Role::Tcp(_) if stalled => self.close_client(id, true),
             Role::Tcp(_) => {}
         }
     }

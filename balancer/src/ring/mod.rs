@@ -155,6 +155,8 @@ impl Ring {
                 Ok(())
             }
             Op::Close { sock, reset } => self.close(sock, reset),
+            // What decorates the door does these, with operations of the others.
+            Op::StartTls { .. } | Op::EndTls { .. } => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

@@ -12,6 +12,7 @@
 
 mod actors;
 mod far;
+mod secure;
 mod world;
 
 use world::{Mode, World};

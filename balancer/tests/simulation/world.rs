@@ -14,6 +14,7 @@ use epagent_balancer::table::{Address, Table};
 
 use crate::actors::{AppConn, Client, PAGE, Rng, take_front};
 use crate::far::{Conn, Far, StreamEnd};
+use crate::secure::{self, DoorTls};
 
 const HTTP: usize = 0;
 const TCP: usize = 1;
@@ -34,13 +35,14 @@ pub enum Mode {
 }
 
 /// A socket as the door has it.
-struct DoorSock {
-    conn: usize,
-    recv: Option<RecvMode>,
+pub struct DoorSock {
+    pub conn: usize,
+    pub recv: Option<RecvMode>,
     stopping: bool,
-    waiting_send: Option<Vec<Chunk>>,
+    pub waiting_send: Option<Vec<Chunk>>,
     /// A send that does not wait, whose completion comes with the next batch.
-    trying: bool,
+    pub trying: bool,
+    pub tls: DoorTls,
 }
 
 /// A listener as the door has it.
@@ -87,7 +89,7 @@ pub struct World {
     apps: Vec<App>,
     pub clients: Vec<Client>,
     pub conns: Vec<(Conn, Far)>,
-    socks: BTreeMap<SockId, DoorSock>,
+    pub socks: BTreeMap<SockId, DoorSock>,
     ready: Vec<Completion>,
     pub listeners: [DoorListener; 2],
     unadopted: HashMap<i32, usize>,
@@ -224,8 +226,10 @@ impl World {
 
     fn begin(&mut self) {
         self.push_table();
-        self.core.add_listener(ListenerId(HTTP as u32), Listen::plain(Listening::Http));
-        self.core.add_listener(ListenerId(TCP as u32), Listen::plain(Listening::Tcp { port: TCP_PORT }));
+        for (listener, mode) in [(HTTP, Listening::Http), (TCP, Listening::Tcp { port: TCP_PORT })] {
+            let listen = Listen { tls: self.rng.one_in(2), ..Listen::plain(mode) };
+            self.core.add_listener(ListenerId(listener as u32), listen);
+        }
     }
 
     fn check_nothing_is_left(&self) {
@@ -315,6 +319,7 @@ impl World {
         for id in ids {
             let mut group = Vec::new();
             self.complete_send(id, &mut group);
+            self.complete_tls(id, &mut group);
             self.complete_recv(id, &mut group);
             groups.push(group);
         }
@@ -395,7 +400,7 @@ impl World {
             if conn.reset {
                 end = Some(RecvEnd::Failed(Errno(libc::ECONNRESET)));
             } else if conn.to_core_fin && conn.to_core.is_empty() {
-                end = Some(RecvEnd::Eof);
+                end = Some(secure::end_of_stream(rng, self.mode, sock.tls));
             } else if sock.stopping {
                 end = Some(RecvEnd::Ended);
             }
@@ -446,6 +451,7 @@ impl World {
             Op::Recv { sock, mode } => {
                 let sock = self.socks.get_mut(&sock).expect("receiving from an open socket");
                 assert!(sock.recv.is_none(), "a receive is armed twice");
+                assert!(sock.tls != DoorTls::Handshake, "a receive during the handshake");
                 sock.recv = Some(mode);
             }
             Op::StopRecv { sock } => {
@@ -454,8 +460,11 @@ impl World {
                 sock.stopping = sock.recv.is_some();
             }
             Op::Send { sock, chunks, wait } => self.send(sock, chunks, wait),
+            Op::StartTls { sock, .. } => self.start_tls(sock),
+            Op::EndTls { sock } => self.end_tls(sock),
             Op::ShutdownWrite { sock } => {
                 let sock = &self.socks[&sock];
+                assert!(sock.tls == DoorTls::Off, "FIN without a goodbye");
                 assert!(sock.waiting_send.is_none() && !sock.trying, "FIN overtakes a send");
                 self.conns[sock.conn].0.to_far_fin = true;
             }
@@ -474,7 +483,14 @@ impl World {
     }
 
     fn insert(&mut self, id: SockId, conn: usize) {
-        let sock = DoorSock { conn, recv: None, stopping: false, waiting_send: None, trying: false };
+        let sock = DoorSock {
+            conn,
+            recv: None,
+            stopping: false,
+            waiting_send: None,
+            trying: false,
+            tls: DoorTls::Off,
+        };
         assert!(self.socks.insert(id, sock).is_none(), "a socket id is used twice");
     }
 
@@ -504,6 +520,7 @@ impl World {
     fn send(&mut self, id: SockId, chunks: Vec<Chunk>, wait: bool) {
         let sock = self.socks.get_mut(&id).expect("sending on an open socket");
         assert!(sock.waiting_send.is_none() && !sock.trying, "two sends at a time");
+        assert!(matches!(sock.tls, DoorTls::Off | DoorTls::On), "a send in state {:?}", sock.tls);
         let conn = &mut self.conns[sock.conn].0;
         assert!(!conn.to_far_fin, "a send after FIN");
         if wait {
