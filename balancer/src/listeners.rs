@@ -1,16 +1,20 @@
 //! The listening sockets: handed over by whoever started us, bound at start, or bound for a route by port.
+//!
+//! A socket on `[::]` takes IPv4 clients too, whatever `net.ipv6.bindv6only` says; their addresses are shown as
+//! IPv4 ones. What cannot be bound says which of the usual reasons it is, and what to do about it.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{AddrParseError, IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, sockopt};
 
 use crate::control::protocol::{ListenerStatus, Problem};
 use crate::core::io::ListenerId;
-use crate::core::listen::{Listen, Mode};
+use crate::core::listen::{BadName, Listen, Mode};
 use crate::ring::inherit::Inherited;
 use crate::table::{Match, Table};
 
@@ -32,6 +36,45 @@ enum Origin {
     Route,
 }
 
+/// A socket to bind: what it is for, and where. Written `NAME=ADDRESS`, as in `http.trusted=[::]:8080`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bind {
+    pub listen: Listen,
+    pub address: SocketAddr,
+}
+
+/// Why `NAME=ADDRESS` is none.
+#[derive(Debug, thiserror::Error)]
+pub enum BadBind {
+    #[error("{text:?} is not of the form NAME=ADDRESS")]
+    Form { text: String },
+    #[error(transparent)]
+    Name(#[from] BadName),
+    #[error("{text:?} is not of the form IP:PORT")]
+    Address {
+        text: String,
+        #[source]
+        source: AddrParseError,
+    },
+}
+
+impl Bind {
+    /// Plain HTTP.
+    pub fn http(address: SocketAddr) -> Self {
+        Self { listen: Listen::plain(Mode::Http), address }
+    }
+}
+
+impl FromStr for Bind {
+    type Err = BadBind;
+
+    fn from_str(text: &str) -> Result<Self, BadBind> {
+        let (name, address) = text.split_once('=').ok_or_else(|| BadBind::Form { text: text.to_owned() })?;
+        let failed = |source| BadBind::Address { text: address.to_owned(), source };
+        Ok(Self { listen: name.parse()?, address: address.parse().map_err(failed)? })
+    }
+}
+
 /// All listening sockets.
 pub struct Listeners {
     all: BTreeMap<ListenerId, Listener>,
@@ -43,14 +86,47 @@ pub struct Listeners {
 /// Why a socket does not listen.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
+    #[error(
+        "cannot listen on {address}: the port is in use; `ss -ltnp 'sport = :{port}'` shows by whom (a listener \
+         on [::] takes IPv4 too)",
+        port = address.port()
+    )]
+    InUse { address: SocketAddr },
+    #[error(
+        "cannot listen on {address}: ports below net.ipv4.ip_unprivileged_port_start need CAP_NET_BIND_SERVICE, \
+         or a socket handed over by systemd"
+    )]
+    Privileged { address: SocketAddr },
+    #[error("cannot listen on {address}: no interface here has this address")]
+    NotHere { address: SocketAddr },
     #[error("cannot listen on {address}: {source}")]
     Bind { address: SocketAddr, source: io::Error },
     #[error("the inherited descriptor {name:?} is no listening TCP socket")]
     NotListening { name: String },
-    #[error(
-        "the inherited descriptor {name:?} has a name that means nothing here: use http, control or tcp-PORT"
-    )]
-    UnknownName { name: String },
+    #[error("the inherited descriptor {name:?} is not known here; besides listeners, it may be `control`")]
+    UnknownName {
+        name: String,
+        #[source]
+        source: BadName,
+    },
+}
+
+impl ListenError {
+    fn of(address: SocketAddr, source: io::Error) -> Self {
+        match source.raw_os_error() {
+            Some(libc::EADDRINUSE) => Self::InUse { address },
+            Some(libc::EACCES) => Self::Privileged { address },
+            Some(libc::EADDRNOTAVAIL) => Self::NotHere { address },
+            _ => Self::Bind { address, source },
+        }
+    }
+}
+
+impl Listener {
+    /// Its address, where it has one.
+    pub fn local(&self) -> Option<SocketAddr> {
+        local_address(&self.socket)
+    }
 }
 
 impl Listeners {
@@ -66,26 +142,25 @@ impl Listeners {
         self.all.is_empty()
     }
 
-    /// Takes over an inherited socket named `http` or `tcp-PORT`.
+    /// Takes over an inherited socket, whose name is that of a [`Listen`]; several may have the same.
     pub fn inherit(&mut self, inherited: Inherited) -> Result<(), ListenError> {
         let Inherited { name, socket } = inherited;
-        let mode = match name.strip_prefix("tcp-").map(str::parse) {
-            Some(Ok(port)) => Mode::Tcp { port },
-            _ if name == "http" => Mode::Http,
-            _ => return Err(ListenError::UnknownName { name }),
+        let listen: Listen = match name.parse() {
+            Ok(listen) => listen,
+            Err(source) => return Err(ListenError::UnknownName { name, source }),
         };
         let listens = socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false);
         if !listens || local_address(&socket).is_none() {
             return Err(ListenError::NotListening { name });
         }
         prepare(&socket);
-        self.add(Listen::plain(mode), socket, Origin::Inherited);
+        self.add(listen, socket, Origin::Inherited);
         Ok(())
     }
 
     /// Binds a socket that stays.
-    pub fn bind(&mut self, listen: Listen, address: SocketAddr) -> Result<(), ListenError> {
-        let socket = bound(address).map_err(|source| ListenError::Bind { address, source })?;
+    pub fn bind(&mut self, Bind { listen, address }: Bind) -> Result<(), ListenError> {
+        let socket = bound(address).map_err(|source| ListenError::of(address, source))?;
         self.add(listen, socket, Origin::Fixed);
         Ok(())
     }
@@ -103,7 +178,7 @@ impl Listeners {
             match bound(address) {
                 Ok(socket) => added.push(self.add(Listen::plain(Mode::Tcp { port }), socket, Origin::Route)),
                 Err(source) => {
-                    let message = ListenError::Bind { address, source }.to_string();
+                    let message = ListenError::of(address, source).to_string();
                     problems.push(Problem { route: Some(route.id.clone()), message });
                 }
             }
@@ -129,7 +204,7 @@ impl Listeners {
     pub fn status(&self) -> Vec<ListenerStatus> {
         let status = |listener: &Listener| ListenerStatus {
             name: listener.listen.to_string(),
-            address: local_address(&listener.socket).unwrap_or_default(),
+            address: listener.local().map(|local| local.to_string()).unwrap_or_default(),
             inherited: listener.origin == Origin::Inherited,
         };
         self.all.values().map(status).collect()
@@ -147,6 +222,9 @@ fn bound(address: SocketAddr) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     socket::setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    if address.is_ipv6() {
+        socket::setsockopt(&socket, sockopt::Ipv6V6Only, &false)?;
+    }
     socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
     socket::listen(&socket, Backlog::MAXCONN)?;
     prepare(&socket);
@@ -160,8 +238,8 @@ fn prepare(socket: &OwnedFd) {
     let _ = socket::setsockopt(socket, sockopt::KeepAlive, &true);
 }
 
-fn local_address(socket: &OwnedFd) -> Option<String> {
+fn local_address(socket: &OwnedFd) -> Option<SocketAddr> {
     let address: SockaddrStorage = socket::getsockname(socket.as_raw_fd()).ok()?;
-    let v4 = address.as_sockaddr_in().map(ToString::to_string);
-    v4.or_else(|| address.as_sockaddr_in6().map(ToString::to_string))
+    let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::from(SocketAddrV4::from(*v4)));
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::from(SocketAddrV6::from(*v6))))
 }

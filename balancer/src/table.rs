@@ -21,13 +21,14 @@
 pub mod actions;
 pub mod address;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
 use self::actions::{ActionFault, Alias, Empty, NoSettings, Pages, Redirect, StaticPage};
 pub use self::address::{Address, AddressError, UnixPath};
 use crate::core::http::answer::Answer;
+use crate::core::preface::client_hello::normal_name;
 
 /// Most routes one table may hold.
 pub const ROUTES_MAX: usize = 20_000;
@@ -89,6 +90,9 @@ pub enum Match {
     Host(String),
     /// Plain TCP connections to this port.
     Port(u16),
+    /// TLS connections whose client asks for this server name, on every listener of the mode `sni`; they are
+    /// passed through unopened. Forms as for `host`; only `*` also takes clients that name none.
+    Sni(String),
 }
 
 /// What a route does with its traffic.
@@ -137,6 +141,10 @@ pub struct Upstream {
     pub address: Address,
     /// Whether it may be given traffic.
     pub state: UpstreamState,
+    /// Tell it of each client with a PROXY protocol header (version 2) before the client's own bytes. For
+    /// routes by port and by server name: HTTP connections carry requests of many clients.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub proxy_protocol: bool,
 }
 
 /// Whether an upstream may be given traffic, as the sender of the table judges it.
@@ -182,8 +190,21 @@ pub enum TableError {
     SameMatch { route: String, what: String },
     #[error("route {route:?} has the host {host:?}, which is not a host name or a wildcard like *.example")]
     BadHost { route: String, host: String },
+    #[error(
+        "route {route:?} has the server name {name:?}, which is not a host name (no port, no address, no \
+         trailing dot) or a wildcard like *.example"
+    )]
+    BadSni { route: String, name: String },
     #[error("route {route:?} has the port 0")]
     PortZero { route: String },
+    #[error(
+        "route {route:?} wants PROXY headers for the upstream {id:?}, which only routes by port and by server \
+         name can have: an HTTP connection to an upstream carries the requests of many clients, which learn of \
+         them from X-Forwarded-For"
+    )]
+    HttpProxyProtocol { route: String, id: String },
+    #[error("route {route:?} and an earlier one differ in whether the upstream {id:?} gets PROXY headers")]
+    UnlikeUpstream { route: String, id: String },
     #[error("route {route:?} names the upstream {id:?} twice")]
     SameUpstream { route: String, id: String },
     #[error("route {route:?}: {fault}")]
@@ -207,6 +228,7 @@ impl Table {
         }
         let mut ids = HashSet::new();
         let mut matches = HashSet::new();
+        let mut introduced = HashMap::new();
         for route in &self.routes {
             check_id(&route.id)?;
             if !ids.insert(route.id.as_str()) {
@@ -217,6 +239,10 @@ impl Table {
                     Some(normal) => Match::Host(normal),
                     None => return Err(TableError::BadHost { route: route.id.clone(), host: host.clone() }),
                 },
+                Match::Sni(name) => match normal_sni(name) {
+                    Some(normal) => Match::Sni(normal),
+                    None => return Err(TableError::BadSni { route: route.id.clone(), name: name.clone() }),
+                },
                 Match::Port(0) => return Err(TableError::PortZero { route: route.id.clone() }),
                 Match::Port(port) => Match::Port(*port),
             };
@@ -225,6 +251,7 @@ impl Table {
                 return Err(TableError::SameMatch { route: route.id.clone(), what });
             }
             route.check_upstreams()?;
+            route.check_proxy_protocol(&mut introduced)?;
             let failed = |fault| TableError::Action { route: route.id.clone(), fault };
             route.action.check(&route.matches).map_err(failed)?;
         }
@@ -262,6 +289,24 @@ impl Route {
         }
         Ok(())
     }
+
+    /// `known` has what earlier routes say of the same upstreams.
+    fn check_proxy_protocol<'a>(
+        &'a self,
+        known: &mut HashMap<(&'a str, &'a Address), bool>,
+    ) -> Result<(), TableError> {
+        for upstream in self.upstreams() {
+            let (route, id) = (self.id.clone(), upstream.id.clone());
+            if upstream.proxy_protocol && matches!(self.matches, Match::Host(_)) {
+                return Err(TableError::HttpProxyProtocol { route, id });
+            }
+            let earlier = known.insert((&upstream.id, &upstream.address), upstream.proxy_protocol);
+            if earlier.is_some_and(|earlier| earlier != upstream.proxy_protocol) {
+                return Err(TableError::UnlikeUpstream { route, id });
+            }
+        }
+        Ok(())
+    }
 }
 
 impl std::fmt::Display for Match {
@@ -269,6 +314,7 @@ impl std::fmt::Display for Match {
         match self {
             Match::Host(host) => write!(f, "host {host}"),
             Match::Port(port) => write!(f, "port {port}"),
+            Match::Sni(name) => write!(f, "server name {name}"),
         }
     }
 }
@@ -322,6 +368,17 @@ pub fn normal_pattern(host: &str) -> Option<String> {
     if name.starts_with('.') || name.contains("..") {
         return None;
     }
+    Some(format!("{star}{name}"))
+}
+
+/// The form in which a route's server name is kept: a name as a ClientHello may have it, `*.` before one, or
+/// `*`.
+pub fn normal_sni(name: &str) -> Option<String> {
+    if name == "*" {
+        return Some(name.to_owned());
+    }
+    let (star, name) = name.strip_prefix("*.").map_or(("", name), |name| ("*.", name));
+    let name = normal_name(name.as_bytes())?;
     Some(format!("{star}{name}"))
 }
 

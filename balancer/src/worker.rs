@@ -1,6 +1,7 @@
 //! A data-path thread: one core, one door, and a queue of commands from the control thread.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
@@ -28,6 +29,7 @@ pub enum Command {
     AddListener {
         id: ListenerId,
         listen: Listen,
+        local: Option<SocketAddr>,
         socket: Arc<OwnedFd>,
     },
     RemoveListener(ListenerId),
@@ -56,6 +58,8 @@ pub struct Notices {
     pub ended: Arc<EventFd>,
     /// A route of its has begun to starve. Never waits.
     pub starved: Arc<EventFd>,
+    /// Lines for the log, which another thread writes; what it does not take in time is dropped.
+    pub remarks: SyncSender<String>,
 }
 
 /// Buffers of a thread's ring.
@@ -103,7 +107,7 @@ impl Worker {
                 }
             };
             let _ = started.send(Ok(()));
-            run(ring, Core::new(config), &inbox, log.as_ref(), &notices.starved)
+            run(ring, Core::new(config), &inbox, log.as_ref(), &notices.starved, &notices.remarks)
         };
         let thread = std::thread::Builder::new()
             .name(format!("ring-{index}"))
@@ -149,6 +153,7 @@ fn run(
     commands: &Receiver<Command>,
     log: Option<&AccessLog>,
     starved: &EventFd,
+    remarks: &SyncSender<String>,
 ) -> io::Result<()> {
     let start = Instant::now();
     let now = || start.elapsed().as_millis() as Millis;
@@ -169,6 +174,9 @@ fn run(
             // Fails only when the count is full, and then the control thread has been told often enough.
             let _ = starved.write(1);
         }
+        for remark in core.take_remarks() {
+            let _ = remarks.try_send(remark);
+        }
         let ended = core.take_access();
         if let Some(log) = log.filter(|_| !ended.is_empty()) {
             let dropped = log.add(ended);
@@ -185,9 +193,9 @@ fn obey(command: Command, core: &mut Core, door: &mut impl Door, now: Millis) {
             // The asker may have stopped waiting.
             let _ = done.send(());
         }
-        Command::AddListener { id, listen, socket } => {
+        Command::AddListener { id, listen, local, socket } => {
             door.add_listener(id, socket);
-            core.add_listener(id, listen);
+            core.add_listener(id, listen, local);
         }
         Command::RemoveListener(id) => {
             core.remove_listener(id);

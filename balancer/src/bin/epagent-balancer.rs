@@ -1,7 +1,7 @@
 //! The balancer's command line.
 //!
-//! Without a subcommand it serves: listeners (`http`, `tcp-PORT`) and the control socket (`control`) come by
-//! the systemd socket-activation protocol or from `--http` and `--control`; routes come over the control
+//! Without a subcommand it serves: listeners and the control socket (`control`) come by the systemd
+//! socket-activation protocol or from `--http`, `--listen` and `--control`; routes come over the control
 //! socket, and from the state folder at start. `run` proxies without any of that. `status` and `set-table`
 //! speak to a running one.
 
@@ -15,6 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use epagent_balancer::control::client::Client;
 use epagent_balancer::core::config::Config;
 use epagent_balancer::core::listen::{self, Listen};
+use epagent_balancer::listeners::Bind;
 use epagent_balancer::ring::inherit;
 use epagent_balancer::server::{Options, Server, chain, log};
 use epagent_balancer::table::{Action, Address, Match, Proxy, Route, Table, Upstream, UpstreamState};
@@ -54,6 +55,9 @@ struct ServeArgs {
     /// Listen for HTTP here, besides inherited listeners (repeatable)
     #[arg(long = "http", value_name = "ADDR:PORT")]
     http: Vec<SocketAddr>,
+    /// Listen here as the name says: http, sni or tcp-PORT, followed by .trusted, .proxy or both (repeatable)
+    #[arg(long, value_name = "NAME=ADDR:PORT")]
+    listen: Vec<Bind>,
     /// Bind the control socket here, unless one is inherited
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
@@ -69,8 +73,18 @@ struct ServeArgs {
 
 #[derive(Args)]
 struct RunArgs {
-    #[arg(long, value_name = "ADDR:PORT")]
-    listen: SocketAddr,
+    /// Where to listen (repeatable); [::] takes IPv4 clients too
+    #[arg(long, value_name = "ADDR:PORT", required = true)]
+    listen: Vec<SocketAddr>,
+    /// Keep and extend the X-Forwarded-* and Forwarded fields of clients
+    #[arg(long)]
+    trusted: bool,
+    /// Require a PROXY protocol header (version 1 or 2) of every client
+    #[arg(long)]
+    proxy_protocol: bool,
+    /// Tell upstreams of each client with a PROXY protocol header (modes tcp and sni)
+    #[arg(long)]
+    upstream_proxy_protocol: bool,
     /// Where to (repeatable)
     #[arg(long, value_name = "ADDR:PORT|unix:PATH", required = true)]
     upstream: Vec<Address>,
@@ -84,6 +98,8 @@ struct RunArgs {
 enum Mode {
     Tcp,
     Http,
+    /// TLS passed through unopened
+    Sni,
 }
 
 #[derive(Args)]
@@ -167,7 +183,7 @@ fn serve(args: ServeArgs) -> Result<(), String> {
         control_uid: args.control_uid,
         control,
         inherited,
-        bind: args.http.into_iter().map(|address| (Listen::plain(listen::Mode::Http), address)).collect(),
+        bind: args.http.into_iter().map(Bind::http).chain(args.listen).collect(),
         ..common.options()
     })
 }
@@ -177,17 +193,28 @@ fn run(args: RunArgs) -> Result<(), String> {
         id: format!("upstream-{index}"),
         address: address.clone(),
         state: UpstreamState::Up,
+        proxy_protocol: args.upstream_proxy_protocol,
     });
-    let port = args.listen.port();
-    let (mode, matches) = match args.mode {
-        Mode::Http => (listen::Mode::Http, Match::Host("*".to_owned())),
-        Mode::Tcp => (listen::Mode::Tcp { port }, Match::Port(port)),
-    };
     let action = Action::Proxy(Proxy { upstreams: upstreams.collect() });
-    let route = Route { id: "run".to_owned(), matches, action, hold: None };
-    let table = Table { version: 0, routes: vec![route], ..Table::empty() };
+    let (mut bind, mut routes) = (Vec::new(), Vec::<Route>::new());
+    for address in args.listen {
+        let port = address.port();
+        let (mode, matches) = match args.mode {
+            Mode::Http => (listen::Mode::Http, Match::Host("*".to_owned())),
+            Mode::Tcp => (listen::Mode::Tcp { port }, Match::Port(port)),
+            Mode::Sni => (listen::Mode::Sni, Match::Sni("*".to_owned())),
+        };
+        let listen =
+            Listen { trusted: args.trusted, proxy_protocol: args.proxy_protocol, ..Listen::plain(mode) };
+        bind.push(Bind { listen, address });
+        if !routes.iter().any(|route| route.matches == matches) {
+            let id = format!("run-{}", routes.len());
+            routes.push(Route { id, matches, action: action.clone(), hold: None });
+        }
+    }
+    let table = Table { routes, ..Table::empty() };
     table.validate().map_err(|error| chain(&error))?;
-    start(Options { bind: vec![(Listen::plain(mode), args.listen)], table, ..args.common.options() })
+    start(Options { bind, table, ..args.common.options() })
 }
 
 fn start(options: Options) -> Result<(), String> {

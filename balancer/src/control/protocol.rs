@@ -333,6 +333,16 @@ counters! {
     client_stalled,
     /// TCP connections reset because no route takes their port.
     tcp_unrouted,
+    /// Connections reset because their PROXY header was missing or malformed.
+    proxy_header_refused,
+    /// Connections reset because their PROXY header did not arrive in time.
+    proxy_header_slow,
+    /// TLS connections turned away because their ClientHello was malformed, or none.
+    hello_refused,
+    /// TLS connections reset because their ClientHello did not arrive in time.
+    hello_slow,
+    /// TLS connections turned away because no route takes their server name.
+    sni_unrouted,
     /// Upgraded connections.
     upgrades,
     /// Times a receive found no shared buffer free.

@@ -244,11 +244,11 @@ impl HttpClient {
 }
 
 impl Sock {
-    /// Whether this client waits for an upstream that is not there yet.
+    /// Whether this client waits for an upstream that is not there yet, or has yet to say what it wants.
     pub(super) fn is_waiting(&self) -> bool {
         match &self.role {
             Role::Http(http) => http.phase == Phase::Waiting,
-            Role::Tcp(_) => true,
+            Role::Tcp(_) | Role::Preface(_) => true,
             _ => false,
         }
     }

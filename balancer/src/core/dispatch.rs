@@ -7,6 +7,7 @@ use super::config::Config;
 use super::engine::Core;
 use super::http::answer::Answer;
 use super::io::{Errno, Op, SockId};
+use super::listen::Mode;
 use super::routes::Route;
 use super::session::{Finish, Phase, Role, Sock, UpPhase, UpstreamConn, Wait};
 use super::slab::{RouteKey, UpstreamKey};
@@ -27,20 +28,30 @@ impl Core {
 
     /// Finds a route anew for a client whose route is gone.
     pub(super) fn reroute(&mut self, client: SockId) {
-        let Some(sock) = self.socks.get_mut(client) else { return };
-        let Some(host) =
-            sock.http().and_then(|http| http.request.as_ref()).map(|request| request.host.clone())
-        else {
-            self.counters.tcp_unrouted += 1;
-            return self.close_client(client, true);
+        let Some(sock) = self.socks.get(client) else { return };
+        let (route, is_tcp) = match &sock.role {
+            Role::Http(http) => match &http.request {
+                Some(request) => (self.routes.by_host(&request.host), false),
+                None => return,
+            },
+            Role::Tcp(tcp) => match (&tcp.server_name, tcp.origin.listen.mode) {
+                (Some(name), _) => (self.routes.by_server_name(name), true),
+                (None, Mode::Tcp { port }) => (self.routes.by_port(port), true),
+                (None, _) => (None, true),
+            },
+            _ => return,
         };
-        match self.routes.by_host(&host) {
+        match route {
             Some(route) => {
                 if let Some(wait) = self.wait_mut(client) {
                     (wait.route, wait.queued) = (route, false);
                 }
                 self.enter_route(client);
                 self.dispatch(client);
+            }
+            None if is_tcp => {
+                self.counters.tcp_unrouted += 1;
+                self.close_client(client, true);
             }
             None if self.routes.has_hosts() => self.answer(client, Answer::UnknownHost),
             None => self.answer(client, Answer::NoRoutes),

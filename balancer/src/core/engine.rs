@@ -16,9 +16,11 @@ use super::access::Access;
 use super::chunk::Chunk;
 use super::config::Config;
 use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
-use super::listen::{Listen, Mode};
+use super::listen::Listen;
+use super::preface::Origin;
+use super::remarks::Remarks;
 use super::routes::Routes;
-use super::session::{Finish, HttpClient, Phase, Recv, Role, Sock, TcpClient, Wait};
+use super::session::{Finish, Phase, Recv, Role, Sock};
 use super::slab::Slab;
 use super::timers::Timers;
 use super::upstreams::Upstreams;
@@ -52,6 +54,7 @@ pub struct Core {
     pub(super) access: Vec<Access>,
     /// What is said in place of our own answers, by their codes.
     pub(super) pages: HashMap<String, Rc<Page>>,
+    pub(super) remarks: Remarks,
     listeners: BTreeMap<ListenerId, Listener>,
     accept_after: Option<Millis>,
 }
@@ -59,6 +62,8 @@ pub struct Core {
 #[derive(Debug)]
 struct Listener {
     listen: Listen,
+    /// Where it listens.
+    local: Option<SocketAddr>,
     recv: Recv,
     removed: bool,
 }
@@ -125,9 +130,9 @@ impl Core {
         [self.timers.next_at(), self.hold_tick_at, self.accept_after].into_iter().flatten().min()
     }
 
-    /// Starts accepting on a listener.
-    pub fn add_listener(&mut self, id: ListenerId, listen: Listen) {
-        self.listeners.insert(id, Listener { listen, recv: Recv::Off, removed: false });
+    /// Starts accepting on a listener, whose address is `local`.
+    pub fn add_listener(&mut self, id: ListenerId, listen: Listen, local: Option<SocketAddr>) {
+        self.listeners.insert(id, Listener { listen, local, recv: Recv::Off, removed: false });
     }
 
     /// Stops accepting on a listener, and forgets it.
@@ -192,6 +197,11 @@ impl Core {
         self.stopping && !accepts && self.counters.connections_open == 0
     }
 
+    /// What an operator should see in the log, since the last call.
+    pub fn take_remarks(&mut self) -> Vec<String> {
+        self.remarks.take()
+    }
+
     /// Open sockets, for tests that look for leaks.
     pub fn socket_count(&self) -> usize {
         self.socks.len()
@@ -215,39 +225,27 @@ impl Core {
     }
 
     fn accepted(&mut self, listener: ListenerId, raw: RawSocket, peer: Option<SocketAddr>) {
-        let listen = self.listeners.get(&listener).map(|listener| listener.listen);
         let full = self.counters.connections_open >= self.config.connections_max + Config::SLACK;
-        let Some(listen) = listen.filter(|_| !full) else {
+        let listener = self.listeners.get(&listener).filter(|_| !full);
+        let origin = |listener: &Listener| Origin {
+            listen: listener.listen,
+            source: peer,
+            destination: listener.local,
+        };
+        let Some(origin) = listener.map(origin) else {
             return self.out.push(Op::Refuse { raw });
         };
-        let route = match listen.mode {
-            Mode::Http => None,
-            Mode::Tcp { port } => self.routes.by_port(port),
-            // No route matches a server name.
-            Mode::Sni => None,
+        let Some(role) = self.first_role(origin) else {
+            self.counters.tcp_unrouted += 1;
+            return self.out.push(Op::Refuse { raw });
         };
-        let role = match (listen.mode, route) {
-            (Mode::Http, _) => Role::Http(Box::new(HttpClient::new(peer, self.now))),
-            (_, Some(route)) => {
-                let wait = Wait { route, since: None, queued: false };
-                Role::Tcp(Box::new(TcpClient { address: peer, wait, inbuf: Vec::new() }))
-            }
-            (_, None) => {
-                self.counters.tcp_unrouted += 1;
-                return self.out.push(Op::Refuse { raw });
-            }
-        };
-        let is_tcp = matches!(role, Role::Tcp(_));
         let sock = self.socks.insert(Sock::new(role, None, self.now));
         self.counters.connections_accepted += 1;
         self.counters.connections_open += 1;
         self.out.push(Op::Adopt { raw, sock });
         self.touch(sock);
-        if listen.tls {
-            self.start_tls(sock, Chunk::owned(Vec::new()));
-        } else if is_tcp {
-            self.count_request(sock);
-            self.dispatch(sock);
+        if !origin.listen.proxy_protocol {
+            self.begin_client(sock, origin.listen, Vec::new());
         }
     }
 
@@ -300,6 +298,7 @@ impl Core {
             _ if matches!(sock.finish, Finish::Linger { .. } | Finish::Close) => {}
             Role::Http(_) => self.client_input(id, Some(chunk)),
             Role::Tcp(tcp) => tcp.inbuf.extend_from_slice(&chunk),
+            Role::Preface(preface) => preface.inbuf.extend_from_slice(&chunk),
             Role::Upstream(_) => self.upstream_input(id, chunk),
             Role::Tunnel { .. } => self.tunnel_input(id, chunk),
         }
@@ -310,6 +309,7 @@ impl Core {
         let Some(sock) = self.socks.get_mut(id) else { return };
         sock.recv = Recv::Off;
         self.touch(id);
+        self.read_preface(id);
         match why {
             RecvEnd::Ended => {}
             RecvEnd::NoBuffers => self.counters.no_buffers += 1,
@@ -331,6 +331,7 @@ impl Core {
             Role::Tunnel { .. } => self.tunnel_closed(id),
             // A client that half-closes still gets its answers; settling closes it when there are none.
             Role::Http(_) | Role::Tcp(_) => {}
+            Role::Preface(_) => self.preface_ends(id),
         }
     }
 
@@ -340,7 +341,7 @@ impl Core {
         match &sock.role {
             Role::Upstream(_) => self.upstream_closed(id, true),
             Role::Tunnel { .. } => self.tunnel_broken(id),
-            Role::Http(_) | Role::Tcp(_) => self.client_gone(id),
+            Role::Http(_) | Role::Tcp(_) | Role::Preface(_) => self.client_gone(id),
         }
     }
 

@@ -1,6 +1,7 @@
 //! What a listener makes of the connections it accepts.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// How connections are understood, and how far what they say of themselves is believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -33,7 +34,53 @@ impl Listen {
     }
 }
 
+/// The name of a listener is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{name:?} names no kind of listener: use http, https, sni, tcp-PORT or tls-PORT, and after it .trusted, \
+     .proxy or both"
+)]
+pub struct BadName {
+    pub name: String,
+}
+
 /// `http`, `https`, `sni`, `tcp-PORT` or `tls-PORT`, and what is special as suffixes: `http.trusted.proxy`.
+impl FromStr for Listen {
+    type Err = BadName;
+
+    fn from_str(name: &str) -> Result<Self, BadName> {
+        let bad = || BadName { name: name.to_owned() };
+        let mut words = name.split('.');
+        let (mode, tls) = match words.next().unwrap_or_default() {
+            "http" => (Mode::Http, false),
+            "https" => (Mode::Http, true),
+            "sni" => (Mode::Sni, false),
+            word => match word.split_once('-') {
+                Some(("tcp", port)) => (Mode::Tcp { port: read_port(port).ok_or_else(bad)? }, false),
+                Some(("tls", port)) => (Mode::Tcp { port: read_port(port).ok_or_else(bad)? }, true),
+                _ => return Err(bad()),
+            },
+        };
+        let mut listen = Self { tls, ..Self::plain(mode) };
+        for suffix in words {
+            let fact = match suffix {
+                "trusted" => &mut listen.trusted,
+                "proxy" => &mut listen.proxy_protocol,
+                _ => return Err(bad()),
+            };
+            if std::mem::replace(fact, true) {
+                return Err(bad());
+            }
+        }
+        Ok(listen)
+    }
+}
+
+/// A port that can be listened on.
+fn read_port(text: &str) -> Option<u16> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?.filter(|port| *port > 0)
+}
+
 impl fmt::Display for Listen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.mode {
@@ -43,5 +90,23 @@ impl fmt::Display for Listen {
         }
         let suffixes = [(self.trusted, ".trusted"), (self.proxy_protocol, ".proxy")];
         suffixes.iter().filter(|(set, _)| *set).try_for_each(|(_, suffix)| f.write_str(suffix))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for name in ["http", "https", "sni", "tcp-5432", "tls-993.proxy", "http.trusted.proxy", "sni.proxy"] {
+            assert_eq!(name.parse::<Listen>().map(|listen| listen.to_string()).as_deref(), Ok(name));
+        }
+        assert_eq!("http.proxy.trusted".parse::<Listen>().unwrap().to_string(), "http.trusted.proxy");
+        for name in
+            ["", "tcp", "tcp-", "tcp-0", "tcp-+1", "tcp-65536", "HTTP", "http.", "http.x", "http.proxy.proxy"]
+        {
+            assert_eq!(name.parse::<Listen>(), Err(BadName { name: name.to_owned() }));
+        }
     }
 }

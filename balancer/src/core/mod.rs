@@ -5,6 +5,7 @@
 //! | [`engine`] | the loop and the calling contract; sockets come, move bytes and go |
 //! | [`io`] | the closed vocabulary between core and door |
 //! | [`listen`] | what a listener makes of the connections it accepts |
+//! | [`preface`] | PROXY headers and the names in TLS hellos |
 //! | `session` | what is known of each socket; the state machines, drawn |
 //! | `client`, `upstream_side` | the two sides of an HTTP exchange |
 //! | `tunnel` | plain TCP and upgraded connections |
@@ -13,6 +14,7 @@
 //! | `routes`, `upstreams` | the table as it runs: hold queues, load, reachability |
 //! | `activity` | how many each route serves, since when nobody, and who starves |
 //! | `actions` | routes that answer by themselves |
+//! | `remarks` | what an operator should see in the log |
 //! | [`access`] | what the access log is told |
 //! | [`secure`] | TLS, of which the core sees only when it begins, what it proved, and its end |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
@@ -35,6 +37,7 @@ pub mod io;
 pub mod listen;
 pub mod outbox;
 pub mod preface;
+mod remarks;
 mod routes;
 pub mod secure;
 mod session;

@@ -1,4 +1,4 @@
-//! The routes: finding the one a host or port belongs to, and the queue of what each one holds.
+//! The routes: finding the one a host, server name or port belongs to, and the queue of what each one holds.
 
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
@@ -9,7 +9,9 @@ use super::slab::{RouteKey, Slab, UpstreamKey};
 use super::upstreams::Upstreams;
 use crate::control::protocol::RouteStatus;
 use crate::table::actions::ALIAS_DEPTH_MAX;
-use crate::table::{Action, HoldLimits, Match, Table, UpstreamState, normal_host, normal_pattern};
+use crate::table::{
+    Action, HoldLimits, Match, Table, UpstreamState, normal_host, normal_pattern, normal_sni,
+};
 
 /// One route as the core runs it.
 #[derive(Debug)]
@@ -72,15 +74,55 @@ pub struct Applied {
     pub starved: bool,
 }
 
+/// Routes by name: the exact one, else the longest parent's, else the catch-all.
+#[derive(Debug, Default)]
+struct Names {
+    exact: HashMap<String, RouteKey>,
+    /// By what follows `*.`.
+    parents: HashMap<String, RouteKey>,
+    any: Option<RouteKey>,
+}
+
+impl Names {
+    fn is_empty(&self) -> bool {
+        self.exact.is_empty() && self.parents.is_empty() && self.any.is_none()
+    }
+
+    fn find(&self, name: &str) -> Option<RouteKey> {
+        if let Some(key) = self.exact.get(name) {
+            return Some(*key);
+        }
+        let mut rest = name;
+        while let Some((_, parent)) = rest.split_once('.') {
+            if let Some(key) = self.parents.get(parent) {
+                return Some(*key);
+            }
+            rest = parent;
+        }
+        self.any
+    }
+
+    fn add(&mut self, pattern: Option<String>, key: RouteKey) {
+        let Some(pattern) = pattern else { return };
+        match pattern.strip_prefix("*.") {
+            _ if pattern == "*" => self.any = Some(key),
+            Some(parent) => {
+                self.parents.insert(parent.to_owned(), key);
+            }
+            None => {
+                self.exact.insert(pattern, key);
+            }
+        }
+    }
+}
+
 /// All routes, and the ways to find one.
 #[derive(Debug, Default)]
 pub struct Routes {
     slab: Slab<RouteKey, Route>,
     by_id: HashMap<String, RouteKey>,
-    exact: HashMap<String, RouteKey>,
-    /// By what follows `*.`.
-    parents: HashMap<String, RouteKey>,
-    any: Option<RouteKey>,
+    hosts: Names,
+    server_names: Names,
     ports: HashMap<u16, RouteKey>,
 }
 
@@ -103,22 +145,17 @@ impl Routes {
     }
 
     pub fn has_hosts(&self) -> bool {
-        !self.exact.is_empty() || !self.parents.is_empty() || self.any.is_some()
+        !self.hosts.is_empty()
     }
 
-    /// The route of a (normal) host: the exact one, else the longest parent's, else the catch-all.
+    /// The route of a (normal) host.
     pub fn by_host(&self, host: &str) -> Option<RouteKey> {
-        if let Some(key) = self.exact.get(host) {
-            return Some(*key);
-        }
-        let mut rest = host;
-        while let Some((_, parent)) = rest.split_once('.') {
-            if let Some(key) = self.parents.get(parent) {
-                return Some(*key);
-            }
-            rest = parent;
-        }
-        self.any
+        self.hosts.find(host)
+    }
+
+    /// The route of a (normal) server name.
+    pub fn by_server_name(&self, name: &str) -> Option<RouteKey> {
+        self.server_names.find(name)
     }
 
     pub fn by_port(&self, port: u16) -> Option<RouteKey> {
@@ -130,9 +167,8 @@ impl Routes {
         let mut starved = false;
         let mut old = std::mem::take(&mut self.by_id);
         let (mut aliases, mut orphans) = (HashMap::new(), Vec::new());
-        self.exact.clear();
-        self.parents.clear();
-        self.any = None;
+        self.hosts = Names::default();
+        self.server_names = Names::default();
         self.ports.clear();
         for wanted in &table.routes {
             let slab = &mut self.slab;
@@ -188,19 +224,9 @@ impl Routes {
             Match::Port(port) => {
                 self.ports.insert(*port, key);
             }
-            Match::Host(host) => match normal_pattern(host) {
-                Some(star) if star == "*" => self.any = Some(key),
-                Some(normal) => match normal.strip_prefix("*.") {
-                    Some(parent) => {
-                        self.parents.insert(parent.to_owned(), key);
-                    }
-                    None => {
-                        self.exact.insert(normal, key);
-                    }
-                },
-                // A valid table has no such host; one that slipped through matches nothing.
-                None => {}
-            },
+            // A valid table has no others; one that slipped through matches nothing.
+            Match::Host(host) => self.hosts.add(normal_pattern(host), key),
+            Match::Sni(name) => self.server_names.add(normal_sni(name), key),
         }
     }
 }

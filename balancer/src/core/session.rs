@@ -7,6 +7,7 @@
 //!                 │                                                 ▼ 101
 //!                 └─ otherwise ▶ Done (send the rest, close)      Tunnel
 //!                Head ──▶ Dropping (the route answers by itself) ──▶ Head or Done
+//! preface:       Header, Hello ──read──▶ HTTP or TCP client    (drawn in `preface`)
 //! TCP client:    Waiting ──upstream ready──▶ Tunnel
 //! upstream:      Connecting ──▶ Exchange ⇄ Idle        Connecting or Exchange ──▶ Tunnel
 //! ```
@@ -22,6 +23,7 @@ use super::http::body::Body;
 use super::http::head::Version;
 use super::io::{Millis, SockId};
 use super::outbox::Outbox;
+use super::preface::{Origin, Preface};
 use super::secure::{Secured, Tls};
 use super::slab::{RouteKey, UpstreamKey};
 
@@ -77,6 +79,8 @@ pub enum Finish {
 /// What a socket is for.
 #[derive(Debug)]
 pub enum Role {
+    /// A client that has something to say before its first request.
+    Preface(Box<Preface>),
     Http(Box<HttpClient>),
     /// A plain TCP client that waits for its upstream.
     Tcp(Box<TcpClient>),
@@ -100,8 +104,9 @@ pub struct Wait {
 /// A plain TCP client, until its upstream stands.
 #[derive(Debug)]
 pub struct TcpClient {
-    #[expect(dead_code, reason = "for choosing an upstream by it, and for telling an upstream of it")]
-    pub address: Option<SocketAddr>,
+    pub origin: Origin,
+    /// What it was routed by, if not by its port: the name in its ClientHello, empty when it had none.
+    pub server_name: Option<Box<str>>,
     pub wait: Wait,
     /// What it said meanwhile.
     pub inbuf: Vec<u8>,
@@ -244,6 +249,13 @@ impl Sock {
         }
     }
 
+    pub fn preface(&mut self) -> Option<&mut Preface> {
+        match &mut self.role {
+            Role::Preface(preface) => Some(preface),
+            _ => None,
+        }
+    }
+
     /// Whether it came in rather than being connected by us.
     pub fn is_client(&self) -> bool {
         !matches!(self.role, Role::Upstream(_) | Role::Tunnel { upstream: Some(_) })
@@ -260,9 +272,9 @@ impl Sock {
 }
 
 impl HttpClient {
-    pub fn new(address: Option<SocketAddr>, now: Millis) -> Self {
+    pub fn new(origin: Origin, now: Millis) -> Self {
         Self {
-            address,
+            address: origin.source,
             secured: None,
             phase: Phase::Head,
             inbuf: Vec::new(),

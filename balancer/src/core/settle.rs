@@ -111,6 +111,8 @@ impl Core {
                 }
                 Phase::Done => (false, false),
             },
+            // What is complete is no preface any more, so this is what it lacks.
+            (_, Role::Preface(_)) => (true, false),
             (_, Role::Tcp(tcp)) => (tcp.inbuf.len() < Config::AHEAD_BYTES, false),
             (_, Role::Upstream(conn)) => match conn.phase {
                 UpPhase::Connecting { .. } => (false, false),
@@ -185,6 +187,7 @@ impl Core {
                 }
                 UpPhase::Exchange(_) => None,
             },
+            Role::Preface(preface) => Some(preface.since + config.head_timeout_ms),
             Role::Tcp(_) | Role::Tunnel { .. } => None,
         }
     }
@@ -240,6 +243,7 @@ impl Core {
                 UpPhase::Idle { .. } => self.discard_upstream(id, false),
                 UpPhase::Exchange(_) => self.fail_exchange(id, Answer::UpstreamTimeout),
             },
+            Role::Preface(_) => self.preface_is_late(id),
             Role::Tcp(_) if stalled => self.close_client(id, true),
             Role::Tcp(_) => {}
         }

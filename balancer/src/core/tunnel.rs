@@ -6,6 +6,7 @@
 use super::chunk::Chunk;
 use super::engine::Core;
 use super::io::SockId;
+use super::preface::proxy;
 use super::session::{Finish, Role, Sock};
 use super::slab::UpstreamKey;
 
@@ -14,14 +15,16 @@ impl Core {
     pub(super) fn start_tunnel(&mut self, id: SockId, key: UpstreamKey) {
         let Some(client) = self.socks.get(id).and_then(|sock| sock.peer) else { return };
         let Some(sock) = self.socks.get_mut(client) else { return };
-        let said = match std::mem::replace(&mut sock.role, Role::Tunnel { upstream: None }) {
-            Role::Tcp(tcp) => tcp.inbuf,
-            _ => Vec::new(),
+        let Role::Tcp(tcp) = std::mem::replace(&mut sock.role, Role::Tunnel { upstream: None }) else {
+            return;
         };
-        if let Some(upstream) = self.upstreams.get_mut(key) {
-            upstream.requests_total += 1;
+        let Some(upstream) = self.upstreams.get_mut(key) else { return };
+        upstream.requests_total += 1;
+        if upstream.proxy_protocol {
+            let header = proxy::write_v2(tcp.origin.ends());
+            self.push_to(id, Chunk::owned(header));
         }
-        self.join_tunnel(id, client, key, said);
+        self.join_tunnel(id, client, key, tcp.inbuf);
     }
 
     /// An HTTP exchange becomes a tunnel. `fresh` is what the upstream said after its 101.

@@ -25,6 +25,8 @@ pub struct Upstream {
     pub id: String,
     pub address: Address,
     pub state: ShownState,
+    /// It is told of each client with a PROXY header.
+    pub proxy_protocol: bool,
     /// Kept-alive connections, the most recently used last.
     pub idle: Vec<SockId>,
     pub active_requests: u64,
@@ -50,6 +52,7 @@ impl Upstream {
             id: id.to_owned(),
             address,
             state: ShownState::Removed,
+            proxy_protocol: false,
             idle: Vec::new(),
             active_requests: 0,
             active_connections: 0,
@@ -164,6 +167,7 @@ impl Upstreams {
                 .or_insert_with(|| slab.insert(Upstream::new(&wanted.id, wanted.address.clone())));
             if let Some(upstream) = slab.get_mut(key) {
                 upstream.state = stricter(upstream.state, wanted.state);
+                upstream.proxy_protocol = wanted.proxy_protocol;
             }
         }
         let mut unwanted = Vec::new();

@@ -10,7 +10,7 @@ mod system;
 mod tables;
 mod waits;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,8 +28,7 @@ use crate::control::protocol::Request;
 use crate::control::server::{ControlServer, Reply};
 use crate::core::config::Config;
 use crate::core::io::ListenerId;
-use crate::core::listen::Listen;
-use crate::listeners::{ListenError, Listeners};
+use crate::listeners::{Bind, ListenError, Listeners};
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
 use crate::table::Table;
@@ -56,7 +55,7 @@ pub struct Options {
     /// Inherited listeners.
     pub inherited: Vec<Inherited>,
     /// Listeners to bind at start.
-    pub bind: Vec<(Listen, SocketAddr)>,
+    pub bind: Vec<Bind>,
     /// Where to log requests, one JSON object per line.
     pub access_log: Option<PathBuf>,
     /// The table to start with where none is saved.
@@ -74,6 +73,8 @@ pub enum ServerError {
     Listen(#[from] ListenError),
     #[error("cannot open the access log")]
     AccessLog(#[source] std::io::Error),
+    #[error("cannot start the thread that writes the log")]
+    Log(#[source] std::io::Error),
     #[error("cannot use the control socket")]
     Control(#[source] std::io::Error),
     #[error("cannot watch signals and threads")]
@@ -114,7 +115,8 @@ impl Server {
         };
         let log =
             options.access_log.as_deref().map(AccessLog::open).transpose().map_err(ServerError::AccessLog)?;
-        let notices = Notices { ended: worker_ended.clone(), starved: starved.clone() };
+        let remarks = say::start_remarking().map_err(ServerError::Log)?;
+        let notices = Notices { ended: worker_ended.clone(), starved: starved.clone(), remarks };
         let start =
             |index| Worker::start(index, config.clone(), options.buffers, log.clone(), notices.clone());
         let workers = (0..threads).map(start).collect::<Result<Vec<_>, _>>()?;
@@ -122,8 +124,8 @@ impl Server {
         for inherited in options.inherited {
             listeners.inherit(inherited)?;
         }
-        for (listen, address) in options.bind {
-            listeners.bind(listen, address)?;
+        for bind in options.bind {
+            listeners.bind(bind)?;
         }
         let control = options.control.map(|socket| ControlServer::new(socket, options.control_uid));
         let control = control.transpose().map_err(ServerError::Control)?;

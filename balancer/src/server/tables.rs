@@ -53,7 +53,12 @@ impl Server {
         for (id, listener) in self.listeners.iter().filter(|(id, _)| ids.contains(id)) {
             for worker in &self.workers {
                 let socket = listener.socket.clone();
-                worker.send(Command::AddListener { id, listen: listener.listen, socket });
+                worker.send(Command::AddListener {
+                    id,
+                    listen: listener.listen,
+                    local: listener.local(),
+                    socket,
+                });
             }
         }
     }

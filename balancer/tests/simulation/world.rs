@@ -228,7 +228,7 @@ impl World {
         self.push_table();
         for (listener, mode) in [(HTTP, Listening::Http), (TCP, Listening::Tcp { port: TCP_PORT })] {
             let listen = Listen { tls: self.rng.one_in(2), ..Listen::plain(mode) };
-            self.core.add_listener(ListenerId(listener as u32), listen);
+            self.core.add_listener(ListenerId(listener as u32), listen, None);
         }
     }
 
