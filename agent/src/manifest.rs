@@ -28,7 +28,7 @@ mod route;
 mod table;
 #[cfg(test)]
 mod tests;
-mod units;
+pub mod units;
 mod volume;
 
 pub use document::parse_toml;

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`name`] | what an app, process, volume, image or jail may be called |
 //! | [`spec`] | what a release asks for: the manifest after validation |
+//! | [`route`] | what an operator may say about a host or a port |
 //! | [`phase`] | the phases of a deploy and which may follow which |
 //! | [`app`] | one app's next actions, from what is wanted and what is seen |
 //! | [`health`] | when checks that rise and fall make an instance healthy |
@@ -23,5 +24,6 @@ pub mod exit;
 pub mod health;
 pub mod name;
 pub mod phase;
+pub mod route;
 pub mod spec;
 pub mod verdict;

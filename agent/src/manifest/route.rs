@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use epagent_core::name::ProcessName;
+use epagent_core::route;
 use epagent_core::spec::{RouteMatch, RouteSpec};
 
 use super::ManifestError;
@@ -11,9 +12,6 @@ use super::table::{Item, Table};
 
 /// Routes of one app.
 const ROUTES_MAX: usize = 64;
-/// RFC 1035 §2.3.4.
-const HOST_BYTES_MAX: usize = 253;
-const LABEL_BYTES_MAX: usize = 63;
 
 pub(super) fn routes(
     top: &Table<'_>,
@@ -79,25 +77,7 @@ fn normal_host(item: &Item<'_>) -> Result<String, ManifestError> {
         return Err(refused("it has a port")
             .with_help("the balancer's listeners are the host's own affair: write the name alone"));
     }
-    let name = host.strip_prefix("*.").unwrap_or(host);
-    let why = if name.is_empty() {
-        "it is empty"
-    } else if host.len() > HOST_BYTES_MAX {
-        "it is too long"
-    } else if name.contains('*') {
-        "a star may only stand for its whole first label, as in `*.example.org`"
-    } else if name.split('.').any(str::is_empty) {
-        "it has an empty label"
-    } else if name.split('.').any(|label| label.len() > LABEL_BYTES_MAX) {
-        "a label is longer than 63 letters"
-    } else if !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_')) {
-        "only letters, digits, hyphens and dots are allowed"
-    } else if name.split('.').any(|label| label.starts_with('-') || label.ends_with('-')) {
-        "a label begins or ends with a hyphen"
-    } else {
-        return Ok(host.to_ascii_lowercase());
-    };
-    Err(refused(why))
+    route::normal_host(host).map_err(refused)
 }
 
 fn process(item: &Item<'_>, processes: &[(ProcessName, Table<'_>)]) -> Result<ProcessName, ManifestError> {

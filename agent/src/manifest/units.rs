@@ -3,7 +3,7 @@
 //! Exactly one number and one unit: `1h30m` or `1.5G` would be read differently by two people.
 
 /// Milliseconds of `500ms`, `10s`, `5m`, `1h`.
-pub(super) fn duration_ms(text: &str) -> Option<u64> {
+pub fn duration_ms(text: &str) -> Option<u64> {
     let (number, unit) = split(text)?;
     let factor = match unit {
         "ms" => 1,

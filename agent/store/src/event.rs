@@ -48,7 +48,7 @@ impl FromRow<'_, SqliteRow> for Event {
 impl Store {
     /// Adds an event of a kind that no other operation of the store writes itself. Those it does write:
     /// `app.created`, `app.destroyed`, `app.config`, `app.secrets`, `app.scaled`, `app.wanted`, `deploy.phase`,
-    /// `instance.started`, `instance.exited`.
+    /// `instance.started`, `instance.exited`, `route.*`.
     pub async fn event_add(
         &self,
         app: Option<&AppName>,

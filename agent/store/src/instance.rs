@@ -163,6 +163,12 @@ impl Store {
         .execute(tx.db())
         .await
         .during(OPERATION)?;
+        // What was said of the instance itself goes with it; another in its place is another.
+        sqlx::query("DELETE FROM route_drains WHERE upstream = ?1")
+            .bind(jail.as_str())
+            .execute(tx.db())
+            .await
+            .during(OPERATION)?;
         let message = format!("{} {exit}", instance.called());
         tx.event(Some(&instance.app), Some(instance.deploy), "instance.exited", &message, now_ms).await?;
         tx.commit().await?;

@@ -21,13 +21,15 @@
 //! | [`secret`] | secrets; [`key`] seals them |
 //! | [`deploy`] | deploys, deploy_steps |
 //! | [`instance`] | instances |
+//! | [`route`] | route_words, route_drains, routes_taken: what operators say, what the balancer took |
 //! | [`event`] | events |
 //! | [`trouble`] | errors |
 //! | `counter` | settings |
 //!
 //! Everything that grows is pruned in the transaction that lets it grow; the bounds are constants beside the
 //! functions: [`event::EVENTS_MAX`], [`trouble::ERRORS_MAX`], [`instance::ENDED_KEPT`], [`deploy::DEPLOYS_KEPT`],
-//! [`deploy::STEPS_MAX`], [`config::CONFIG_BYTES_MAX`], [`config::CONFIG_NAMES_MAX`], [`secret::SECRETS_MAX`], [`secret::SECRET_BYTES_MAX`].
+//! [`deploy::STEPS_MAX`], [`config::CONFIG_BYTES_MAX`], [`config::CONFIG_NAMES_MAX`], [`secret::SECRETS_MAX`], [`secret::SECRET_BYTES_MAX`],
+//! [`route::WORDS_MAX`], [`route::DRAINS_MAX`], [`route::WHY_BYTES_MAX`].
 
 #![forbid(unsafe_code)]
 
@@ -41,6 +43,7 @@ pub mod instance;
 pub mod key;
 mod open;
 pub mod release;
+pub mod route;
 mod row;
 pub mod secret;
 pub mod trouble;
@@ -54,6 +57,7 @@ pub use event::Event;
 pub use instance::{Instance, NewInstance};
 pub use open::Schema;
 pub use release::{Release, ReleaseState};
+pub use route::{RouteDrain, RouteWord, Said};
 pub use secret::{Secret, SecretChanges, SecretValue};
 pub use trouble::Trouble;
 
