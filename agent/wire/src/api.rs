@@ -32,6 +32,11 @@
 //! | `GET /v1/images`, `DELETE /v1/images/I` | → [`Image`]s |
 //! | `POST /v1/images/I/import?format=tar\|layers` | the stream → [`ImageJob`] when done |
 //! | `POST /v1/images/I/bootstrap` | [`Bootstrap`] → lines of [`JobUpdate`] until it is over |
+//! | `GET /v1/routes`, `GET /v1/routes/T` | → [`Route`]s, by target: what is in force |
+//! | `PUT /v1/routes/T` | [`RouteSay`] → [`Route`], once the balancer has it |
+//! | `POST /v1/routes/T/release` | [`RouteRelease`] → `{}`; ends a hold |
+//! | `POST /v1/routes/T/drain` | [`RouteDrain`] → [`RouteUpstream`] |
+//! | `POST /v1/routes/T/clear` | [`RouteClear`] → `{}`; the app's own route is in force again |
 //! | `GET /v1/events?app=&after=&follow=` | → [`Event`]s, or lines of them |
 //! | `GET /v1/errors` | → [`ErrorRow`]s |
 //! | `GET /v1/doctor` | → [`Check`]s |
@@ -39,6 +44,10 @@
 //!
 //! An exec connection, once upgraded, carries frames both ways: one byte of kind, four bytes of length (big
 //! endian, at most 64 KiB), then the payload. Kinds: [`frame`].
+
+mod routes;
+
+pub use routes::*;
 
 use std::collections::BTreeMap;
 

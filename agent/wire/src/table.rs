@@ -52,6 +52,22 @@ pub enum Match {
 pub enum Action {
     /// To one of these that is up; while none is, requests are held.
     Proxy { upstreams: Vec<Upstream> },
+    /// Requests wait until a later table says otherwise.
+    Hold {},
+    /// Every request gets this page.
+    Static { status: u16, content_type: String, body: String },
+    /// Every request is sent elsewhere.
+    Redirect { to: String, status: u16, keep_path: bool },
+}
+
+impl Route {
+    /// The upstreams of a proxy route; none of another.
+    pub fn upstreams(&self) -> &[Upstream] {
+        match &self.action {
+            Action::Proxy { upstreams } => upstreams,
+            _ => &[],
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

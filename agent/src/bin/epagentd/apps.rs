@@ -221,6 +221,9 @@ impl AppLoop {
         loop {
             let outcome = self.round(fresh).await;
             let calm = matches!(outcome, Ok(Pace::Calm));
+            if matches!(outcome, Ok(Pace::Away) | Err(_)) {
+                self.parts.routing.stand_in(&self.app);
+            }
             let pause = match outcome {
                 Ok(Pace::Gone) => return,
                 Ok(Pace::Again) => {

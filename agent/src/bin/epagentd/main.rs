@@ -141,7 +141,8 @@ async fn assemble(config: Config) -> Result<Apps, StartError> {
     let (worlds, watcher) = world::watcher(runner.clone());
     let (changed, mut changes) = mpsc::channel(CHANGES_QUEUED_MAX);
     let checks = Checks::new(runner.clone(), changed);
-    let routing = Routing::new(Balancer::new(&config.run_dir.join("balancer.sock")), known.clone());
+    let balancer = Balancer::new(&config.run_dir.join("balancer.sock"));
+    let routing = Routing::new(balancer, known.clone(), &store).await?;
     let parts = Parts {
         config,
         store: store.clone(),

@@ -144,8 +144,7 @@ mod tests {
         let addresses =
             view.instances.iter().map(|instance| (instance.id.clone(), "100.96.0.1".to_owned())).collect();
         let routes = routes(&"shop".parse().unwrap(), view, &addresses);
-        let Action::Proxy { upstreams } = &routes[0].action;
-        upstreams.iter().map(|upstream| upstream.state).collect()
+        routes[0].upstreams().iter().map(|upstream| upstream.state).collect()
     }
 
     #[test]

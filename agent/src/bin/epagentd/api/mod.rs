@@ -9,6 +9,7 @@ mod exec;
 mod failure;
 mod images;
 mod instances;
+mod routes;
 mod session;
 mod settings;
 mod system;
@@ -68,6 +69,15 @@ impl axum::serve::Listener for Listener {
 /// Who is at the other end, as the kernel says.
 #[derive(Debug, Clone, Copy)]
 struct Peer(Option<(u32, u32)>);
+
+impl Peer {
+    /// The user's name, or the number of one without a name.
+    fn name(self) -> String {
+        let Some((uid, _)) = self.0 else { return "an unknown user".to_owned() };
+        let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+        user.map_or_else(|| format!("uid {uid}"), |user| user.name)
+    }
+}
 
 impl Connected<IncomingStream<'_, Listener>> for Peer {
     fn connect_info(stream: IncomingStream<'_, Listener>) -> Self {
@@ -160,6 +170,11 @@ fn router(apps: Apps) -> Router {
         .route("/v1/apps/{app}/run", post(exec::run))
         .route("/v1/apps/{app}/volumes/{volume}", delete(images::volume_remove))
         .route("/v1/instances", get(instances::list))
+        .route("/v1/routes", get(routes::list))
+        .route("/v1/routes/{target}", get(routes::show).put(routes::say))
+        .route("/v1/routes/{target}/release", post(routes::release))
+        .route("/v1/routes/{target}/drain", post(routes::drain))
+        .route("/v1/routes/{target}/clear", post(routes::clear))
         .route("/v1/volumes", get(images::volumes))
         .route("/v1/deploys", get(deploys::list).post(deploys::begin))
         .route("/v1/deploys/{deploy}", get(deploys::show).delete(deploys::cancel))
