@@ -44,6 +44,25 @@ fn table() -> ours::Table {
                 ours::Action::Proxy { upstreams: Vec::new() },
             ),
             route("shop/db/5432", ours::Match::Port(5432), ours::Action::Proxy { upstreams: upstreams() }),
+            route("operator/1", ours::Match::Port(5433), ours::Action::Hold {}),
+            route(
+                "operator/2",
+                ours::Match::Host("page.example".to_owned()),
+                ours::Action::Static {
+                    status: 503,
+                    content_type: "text/html; charset=utf-8".to_owned(),
+                    body: "soon".to_owned(),
+                },
+            ),
+            route(
+                "operator/3",
+                ours::Match::Host("*".to_owned()),
+                ours::Action::Redirect {
+                    to: "https://shop.example".to_owned(),
+                    status: 301,
+                    keep_path: true,
+                },
+            ),
         ],
     }
 }

@@ -1,5 +1,9 @@
 //! The command line.
 
+mod front;
+
+pub use front::RouteVerb;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -61,6 +65,9 @@ pub enum Verb {
     /// Make, list or remove images
     #[command(subcommand)]
     Image(ImageVerb),
+    /// List routes, or say what is done with a host or a port
+    #[command(subcommand)]
+    Route(RouteVerb),
     /// Show what happened
     Events(EventsArgs),
     /// Show what went wrong, counted
@@ -408,6 +415,16 @@ mod tests {
             "image bootstrap py --include python3,python3-venv",
             "events shop -f",
             "destroy shop --yes",
+            "route ls --json",
+            "route ls shop.example",
+            "route set old.example --upstream 10.0.0.5:80 --upstream [fd00::5]:80",
+            "route hold shop.example --max-age 5m --reason upgrade",
+            "route release 5432",
+            "route drain shop.example web.0 --wait",
+            "route static *.example --file page.html --status 503",
+            "route redirect old.example https://shop.example --status 301 --keep-path",
+            "route clear shop.example",
+            "route clear shop.example web.0",
             "explain wrong_port",
             "help exit-codes",
             "--socket /x/admin.sock status",
@@ -433,6 +450,11 @@ mod tests {
             ("exec shop", "COMMAND"),
             ("logs shop --build x", "d12"),
             ("frobnicate", "frobnicate"),
+            ("route hold", "HOST|PORT"),
+            ("route hold shop_:80", "shop_:80"),
+            ("route hold shop.example --max-age soon", "30s"),
+            ("route set shop.example", "--upstream"),
+            ("route set shop.example --upstream example:80", "example:80"),
         ] {
             let error = parse(line).unwrap_err().to_string();
             assert!(error.contains(word), "{line}: {error}");

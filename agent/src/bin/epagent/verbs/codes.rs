@@ -75,6 +75,12 @@ pub const CODES: &[Code] = &[
         "`epagent version` compares them; the API's documentation lists what each request takes.",
     ),
     code(
+        "bad_route",
+        "A host, a port or what is to be done with it is not valid.",
+        "It is no host name or port, a status or size is out of its bounds, or HTTP was asked of a port of plain TCP.",
+        "`epagent help route` shows what each command takes.",
+    ),
+    code(
         "bad_size",
         "A size is not written as one.",
         "Sizes are a number and K, M, G or T, in powers of 1024.",
@@ -201,6 +207,12 @@ pub const CODES: &[Code] = &[
         "End some. An agent's folder that is started and ended again cleans up after itself.",
     ),
     code(
+        "no_page",
+        "The page can't be used.",
+        "The file can't be read, is no text, or is longer than 64 KiB.",
+        "Name another; serve larger pages by an app.",
+    ),
+    code(
         "no_program",
         "A program this host needs is not installed.",
         "The pool is made with btrfs-progs, the network with nftables.",
@@ -261,6 +273,12 @@ pub const CODES: &[Code] = &[
         "List what there is and name one of it.",
     ),
     code(
+        "not_held",
+        "There is no hold of an operator's to end.",
+        "Nothing was said about this host or port, or something else than a hold.",
+        "`epagent route ls` shows what is in force; `epagent route clear` takes back any word.",
+    ),
+    code(
         "not_root",
         "`epagent dev` was started by another user than root.",
         "It makes namespaces, cgroups and mounts.",
@@ -319,6 +337,13 @@ pub const CODES: &[Code] = &[
         "The command of `[release]` failed.",
         "It ended with another code than 0, was killed, or was not found.",
         "Its last lines were shown; the release that served before serves on.",
+    ),
+    code(
+        "route_refused",
+        "The balancer does not take a route.",
+        "It breaks one of the balancer's rules, which its own message names. What was in force before stays in force, \
+         and all other routes are not held back by it.",
+        "Change what it names: the app's manifest, or what was said by `epagent route`.",
     ),
     code(
         "route_taken",

@@ -8,6 +8,7 @@ mod exec;
 pub mod explain;
 mod images;
 mod logs;
+mod routes;
 mod settings;
 mod stop;
 mod system;
@@ -43,6 +44,7 @@ pub async fn run(arguments: Arguments) -> Outcome {
         Verb::Secrets(verb) => settings::secrets(&client, verb).await,
         Verb::Volume(verb) => images::volume(&client, verb).await,
         Verb::Image(verb) => images::image(&client, verb).await,
+        Verb::Route(verb) => routes::route(&client, verb).await,
         Verb::Events(args) => system::events(&client, &args).await,
         Verb::Errors(json) => system::errors(&client, &json).await,
         Verb::Destroy(args) => stop::destroy(&client, &args).await,
