@@ -28,6 +28,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use sd_notify::NotifyState;
+
 use activation::{ActivationError, Inherited};
 
 /// The version of what is said on the `lease` socket.
@@ -95,12 +97,23 @@ fn ending_signals() -> Result<SignalFd, LeaseError> {
 /// Answers every connection until a signal asks for the end.
 fn serve(listener: &UnixListener, ending: &SignalFd) -> Result<(), LeaseError> {
     listener.set_nonblocking(true).map_err(LeaseError::Wait)?;
+    // Nobody may listen: then nobody waits for it either.
+    let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("idle: no pair is configured")]);
+    // Often enough that one late turn is no missed one.
+    let turn = sd_notify::watchdog_enabled().map(|interval| interval / 3);
+    let timeout = match turn.map(PollTimeout::try_from) {
+        Some(Ok(timeout)) => timeout,
+        _ => PollTimeout::NONE,
+    };
     loop {
+        if turn.is_some() {
+            let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+        }
         let mut waiting = [
             PollFd::new(ending.as_fd(), PollFlags::POLLIN),
             PollFd::new(listener.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut waiting, PollTimeout::NONE) {
+        match poll(&mut waiting, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(LeaseError::Wait(errno.into())),
         }

@@ -14,7 +14,7 @@
 //! | [`server`], [`connections`], [`peers`], [`packet`] | the loop and its connections |
 //! | [`acts`], [`launch`], [`watch`], [`observe`] | carrying plans out, starting and following monitors, telling the world |
 //! | [`recover`], [`skeleton`] | before the loop |
-//! | [`teardown`], [`probe`] | the other two verbs |
+//! | [`teardown`], [`probe`], [`hold`] | the other verbs |
 //! | [`sys`] | the door to what the compiler can't check |
 //!
 //! It may be killed at any moment. Jails outlive it under their monitors; the next runner reads the records,
@@ -31,6 +31,7 @@ mod config;
 mod connections;
 mod disk;
 mod effects;
+mod hold;
 mod jobs;
 mod launch;
 mod observe;
@@ -52,7 +53,7 @@ mod worker;
 
 use config::Config;
 
-const USAGE: &str = "usage: epagent-runner run|check --config FILE
+const USAGE: &str = "usage: epagent-runner run|check|hold --config FILE
        epagent-runner teardown --config FILE [--grace-ms N]";
 
 fn main() -> ExitCode {
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
     let done = match words.as_slice() {
         ["run", "--config", file] => run(Path::new(file)),
         ["check", "--config", file] => check(Path::new(file)),
+        ["hold", "--config", file] => read(Path::new(file)).and_then(|config| hold::hold(&config)),
         ["teardown", "--config", file] => teardown(Path::new(file), teardown::GRACE_MS),
         ["teardown", "--config", file, "--grace-ms", grace] => match grace.parse() {
             Ok(grace_ms) => teardown(Path::new(file), grace_ms),
@@ -92,6 +94,8 @@ fn run(file: &Path) -> Result<(), String> {
     let parts = recover::recover(config, listener).map_err(|error| work::chain(&error))?;
     let mut server = server::Server::new(parts).map_err(|error| format!("set up the loop: {error}"))?;
     server.reattach();
+    // Nobody may listen: then nobody waits for it either.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     match server.serve() {
         Ok(never) => match never {},
         Err(error) => Err(format!("wait for events: {error}")),

@@ -166,6 +166,8 @@ pub struct Server {
     pub listener: OwnedFd,
     serial: u64,
     next_tick: Instant,
+    /// The service manager wants to hear from the loop, every few seconds (`WatchdogSec=`).
+    is_watched: bool,
 }
 
 /// What is opened before the loop can begin.
@@ -211,6 +213,7 @@ impl Server {
             epoll,
             serial: 0,
             next_tick: Instant::now(),
+            is_watched: sd_notify::watchdog_enabled().is_some(),
         })
     }
 
@@ -259,6 +262,14 @@ impl Server {
             self.look_after_monitors();
             self.answer_late_observers(now);
             self.kill_hung_up(now);
+            self.show_alive();
+        }
+    }
+
+    /// Said from this loop and nowhere else: one that hangs is started anew.
+    fn show_alive(&self) {
+        if self.is_watched {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
         }
     }
 

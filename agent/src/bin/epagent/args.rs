@@ -11,6 +11,7 @@ use epagent_core::name::{AppName, DeployId, ImageName, ProcessName, ReleaseNumbe
 
 use crate::dev::DevArgs;
 use crate::failure::EXIT_CODES;
+use crate::setup::init::InitArgs;
 
 /// Where an installed agent is reached.
 const SOCKET_DEFAULT: &str = "/run/epagent/admin.sock";
@@ -80,6 +81,8 @@ pub enum Verb {
     Version(Json),
     /// Explain an error code, or list all of them
     Explain(ExplainArgs),
+    /// Set up this machine, once, after the package is installed
+    Init(InitArgs),
     /// Run a whole node in the foreground from one folder
     Dev(DevArgs),
     /// Explain a topic: exit-codes

@@ -1,7 +1,7 @@
 //! The `epagent` command: what an operator has in hand.
 //!
 //! Two programs in one. `epagent dev` supervises a whole node and is single-threaded and synchronous, because it
-//! forks ([`dev`]). Every other command is a client of the agent's API ([`verbs`]), on a runtime with one thread.
+//! forks ([`dev`]); `epagent init` sets up an installed one ([`setup`]). Every other command is a client of the agent's API ([`verbs`]), on a runtime with one thread.
 //!
 //! | module | |
 //! |---|---|
@@ -11,6 +11,7 @@
 //! | [`pack`] | the operator's files as streams |
 //! | [`screen`], [`terminal`] | what people see and type |
 //! | [`failure`] | how every command fails: one shape, documented statuses |
+//! | [`setup`] | `epagent init`, and what a node's configuration is made of |
 //! | [`dev`] | a whole node in the foreground |
 
 #![deny(unsafe_code)]
@@ -21,6 +22,7 @@ mod dev;
 mod failure;
 mod pack;
 mod screen;
+mod setup;
 mod terminal;
 mod verbs;
 
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match &arguments.verb {
         Verb::Dev(args) => dev::run(args).map(|()| status::OK),
+        Verb::Init(args) => setup::init::run(args).map(|()| status::OK),
         _ => run(arguments),
     };
     let status = done.unwrap_or_else(|failure| {

@@ -116,6 +116,11 @@ fn start(arguments: Arguments) -> Result<(), StartError> {
         tokio::spawn(keep_running("api-read", parts.store.clone(), board, move || {
             api::serve(read.clone(), apps_of_read.clone(), api::Access::Read)
         }));
+        // Nobody may listen: then nobody waits for it either.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        if let Some(interval) = sd_notify::watchdog_enabled() {
+            tokio::spawn(supervise::show_alive(parts.store.clone(), parts.worlds.clone(), interval / 3));
+        }
         let mut terminate = signal(SignalKind::terminate()).map_err(failed("watching for SIGTERM"))?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("watching for SIGINT"))?;
         tokio::select! {

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use epagent_store::Store;
 
 use crate::clock;
+use crate::world::Worlds;
 
 const FAILURES_MAX: usize = 10;
 const FAILURES_WINDOW: Duration = Duration::from_secs(60);
@@ -94,6 +95,17 @@ where
         backoff =
             if started.elapsed() > FAILURES_WINDOW { BACKOFF_FIRST } else { (backoff * 2).min(BACKOFF_MAX) };
         tokio::time::sleep(backoff).await;
+    }
+}
+
+/// Tells the service manager that the agent works, for as long as it does: only after the loop that looks at the
+/// world has turned and the store has answered. What they say does not matter here; that they hang does.
+pub async fn show_alive(store: Store, worlds: Worlds, interval: Duration) {
+    loop {
+        tokio::time::sleep(interval).await;
+        let _ = worlds.fresh().await;
+        let _ = store.apps().await;
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
     }
 }
 

@@ -14,20 +14,18 @@
 //! | module | |
 //! |---|---|
 //! | [`checks`] | what must be there before anything is made |
-//! | [`layout`], [`node`], [`config`], [`host`], [`sockets`] | the state folder, the node's number, and what follows from them |
+//! | [`layout`], [`node`], [`sockets`] | the state folder, the node's number, and what follows from them |
 //! | [`part`], [`spawn`], [`view`], [`sys`] | the programs and how they are started |
 //! | [`supervise`], [`restart`], [`probe`], [`logs`] | keeping them alive |
 //! | [`ending`], [`leftovers`], [`stale`] | leaving nothing behind, also after `kill -9` |
 
-mod checks;
-mod config;
+pub mod checks;
 mod ending;
-mod error;
-mod host;
+pub mod error;
 mod layout;
 mod leftovers;
 mod logs;
-mod node;
+pub mod node;
 mod part;
 mod probe;
 mod restart;
@@ -39,17 +37,20 @@ mod supervise;
 mod sys;
 mod view;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::failure::Failure;
+use crate::setup::config::{self, Folders, Pool};
+use crate::setup::host;
 use error::DevError;
-use layout::{Layout, Users};
+use layout::{Layout, Users, VIEW};
 use sockets::Sockets;
 use supervise::{Node, Supervisor};
 
@@ -89,17 +90,48 @@ pub fn run(args: &DevArgs) -> Result<(), Failure> {
             "{name} is not passed on to builds: its value holds a password that every tenant would see"
         ));
     }
-    config::write(&config::Inputs {
-        layout: &layout,
-        node: claim.node,
+    write_configuration(
+        &layout,
+        claim.node,
         users,
-        binaries: &binaries,
-        pool_size: &args.size,
-        http: sockets.http_address(),
-        build_env: &env.passed,
-    })?;
+        &binaries,
+        &args.size,
+        sockets.http_address(),
+        &env.passed,
+    )?;
     let node = Node { layout: &layout, node: claim.node, users, binaries: &binaries, sockets: &sockets };
     Supervisor::start(node, signals)?.run()?;
+    Ok(())
+}
+
+/// Both files, from what this host offers now.
+fn write_configuration(
+    layout: &Layout,
+    node: node::Node,
+    users: Users,
+    binaries: &Path,
+    pool_size: &str,
+    http: SocketAddr,
+    build_env: &BTreeMap<String, String>,
+) -> Result<(), DevError> {
+    let files = config::files(&config::Inputs {
+        node,
+        brain_uid: users.brain,
+        admin_gid: 0,
+        binaries,
+        runner: Folders { state: layout.path("runner"), run: layout.path("run") },
+        agent: Folders { state: Path::new(VIEW).join("brain"), run: Path::new(VIEW).join("run") },
+        pool: Pool::Loop { mount: layout.pool_mount(), file: layout.pool_file(), size: pool_size.to_owned() },
+        cgroup: node.cgroup(),
+        http: http.to_string(),
+        build_env,
+    })
+    .map_err(|source| DevError::Toml { source })?;
+    for (name, text) in [("etc/runner.toml", files.runner), ("etc/epagentd.toml", files.agent)] {
+        let path = layout.path(name);
+        let text = format!("# Written by `epagent dev` at each start; changes here are lost.\n{text}");
+        config::replace(&path, &text).map_err(|source| DevError::Folder { path, source })?;
+    }
     Ok(())
 }
 

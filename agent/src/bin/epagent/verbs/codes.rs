@@ -37,6 +37,12 @@ pub const CODES: &[Code] = &[
         "End the other one, or name another folder with --state.",
     ),
     code(
+        "already_set_up",
+        "`epagent init` was run on a machine that is set up.",
+        "A second pool or other ids would lose every app, so it refuses.",
+        "Change the files in /etc/epagent instead, and restart what reads them.",
+    ),
+    code(
         "app_removed",
         "The app is being destroyed.",
         "It was destroyed a moment ago, and its instances are still ending.",
@@ -67,6 +73,18 @@ pub const CODES: &[Code] = &[
         "Names of apps, processes, volumes and images are also host names, file names and cgroups: a-z, 0-9 and inner \
          hyphens only.",
         "Choose another name.",
+    ),
+    code(
+        "bad_node",
+        "A node number is not in 1 to 127.",
+        "Every kernel object, address and id of a node is derived from it.",
+        "Give each machine a number of its own with --node.",
+    ),
+    code(
+        "bad_pool",
+        "The folder named for the pool can't hold it.",
+        "It has to be an absolute path on a btrfs: snapshots and quotas of apps are made with it.",
+        "Name another folder, or leave --pool out: then a file is made.",
     ),
     code(
         "bad_request",
@@ -255,10 +273,22 @@ pub const CODES: &[Code] = &[
         "`epagent explain` lists all of them.",
     ),
     code(
+        "no_systemd",
+        "`epagent init` was run where systemd is not the first process.",
+        "The installed node is a set of systemd units.",
+        "`epagent dev --state DIR` runs a whole node without systemd.",
+    ),
+    code(
         "no_terminal",
         "A question could not be asked.",
         "There is no terminal, or it failed.",
         "Give the answer on the command line: --yes, --from-file.",
+    ),
+    code(
+        "no_user",
+        "A user or group of the package does not exist.",
+        "Its sysusers file was not applied.",
+        "Run `systemd-sysusers`, or install the package again.",
     ),
     code(
         "not_confirmed",
@@ -382,6 +412,12 @@ pub const CODES: &[Code] = &[
         "Mend what it names.",
     ),
     code(
+        "systemctl_failed",
+        "A call of systemctl failed.",
+        "A unit could not be loaded or started; its message is shown.",
+        "`systemctl status 'epagent*'` and `journalctl -u 'epagent*'` say more.",
+    ),
+    code(
         "table_not_taken",
         "The balancer did not take a new table.",
         "It is being restarted, or a port of a route can't be listened on. What it has serves on.",
@@ -410,6 +446,12 @@ pub const CODES: &[Code] = &[
         "A deploy went on while it was to be canceled.",
         "It passed from one phase to the next in that moment.",
         "Cancel it again.",
+    ),
+    code(
+        "unequal_ids",
+        "The user epagentd and its group have different numbers.",
+        "The runner lets the group of the brain's number read logs. The numbers were taken when the package was installed.",
+        "Give both one number with usermod and groupmod, and run `epagent init` again.",
     ),
     code(
         "unhealthy",

@@ -53,7 +53,7 @@ pub async fn run(arguments: Arguments) -> Outcome {
         Verb::Explain(args) => explain::explain(&args),
         Verb::Help(args) => system::help(&args),
         // Taken by main before there is a runtime.
-        Verb::Dev(_) => Err(Failure::usage("`epagent dev` is started by itself", "")),
+        Verb::Dev(_) | Verb::Init(_) => Err(Failure::usage("this command is started by itself", "")),
     }
 }
 

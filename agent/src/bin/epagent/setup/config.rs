@@ -1,60 +1,76 @@
-//! The two configuration files of a node, as `epagent dev` writes them at each start.
-//!
-//! They have the shape an installed system's files in /etc/epagent have; here they follow from the node's number
-//! and from what the host offers.
+//! The two configuration files of a node, `runner.toml` and `epagentd.toml`: what follows from the node's number and
+//! from what the host offers.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::error::DevError;
 use super::host;
-use super::layout::{Layout, Users, VIEW};
-use super::node::{ID_RANGES, Node};
+use crate::dev::node::{ID_RANGES, Node};
 
 /// What the files are made of.
 pub struct Inputs<'a> {
-    pub layout: &'a Layout,
     pub node: Node,
-    pub users: Users,
+    pub brain_uid: u32,
+    /// Besides root, members of this group may use `admin.sock`.
+    pub admin_gid: u32,
     /// Where the static helpers lie.
     pub binaries: &'a Path,
-    pub pool_size: &'a str,
-    pub http: SocketAddr,
+    pub runner: Folders,
+    /// As the agent sees them, which may be in a mount namespace of its own.
+    pub agent: Folders,
+    pub pool: Pool,
+    pub cgroup: String,
+    /// Where the balancer listens, to tell users.
+    pub http: String,
     pub build_env: &'a BTreeMap<String, String>,
+}
+
+/// Where one process keeps its state, and where all sockets are.
+pub struct Folders {
+    pub state: PathBuf,
+    pub run: PathBuf,
+}
+
+/// Where the trees of the apps live.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Pool {
+    /// A file of this size, made when it is missing.
+    Loop { mount: PathBuf, file: PathBuf, size: String },
+    /// A folder on a btrfs that exists.
+    Path { path: PathBuf },
+}
+
+/// The text of both files.
+pub struct Files {
+    pub runner: String,
+    pub agent: String,
 }
 
 #[derive(Serialize)]
 struct RunnerToml<'a> {
     node: u8,
-    state_dir: PathBuf,
-    run_dir: PathBuf,
+    state_dir: &'a Path,
+    run_dir: &'a Path,
     jail_binary: PathBuf,
     unpack_binary: PathBuf,
     brain_uid: u32,
     host_image: bool,
-    pool: Pool<'a>,
-    cgroup: Cgroup,
+    pool: &'a Pool,
+    cgroup: Cgroup<'a>,
     ids: Ids,
     network: Network,
     build: Build<'a>,
 }
 
 #[derive(Serialize)]
-struct Pool<'a> {
-    mount: PathBuf,
-    file: PathBuf,
-    size: &'a str,
-}
-
-#[derive(Serialize)]
-struct Cgroup {
-    root: String,
+struct Cgroup<'a> {
+    root: &'a str,
 }
 
 #[derive(Serialize)]
@@ -85,31 +101,30 @@ struct Build<'a> {
 #[derive(Serialize)]
 struct AgentToml<'a> {
     node: u8,
-    state_dir: PathBuf,
-    run_dir: PathBuf,
+    state_dir: &'a Path,
+    run_dir: &'a Path,
     default_image: &'a str,
     admin_gid: u32,
-    http_address: String,
+    http_address: &'a str,
 }
 
-/// Writes both files.
-pub fn write(inputs: &Inputs<'_>) -> Result<(), DevError> {
-    write_file(&inputs.layout.path("etc/runner.toml"), &runner(inputs))?;
-    write_file(&inputs.layout.path("etc/epagentd.toml"), &agent(inputs))
+/// Both files.
+pub fn files(inputs: &Inputs<'_>) -> Result<Files, toml::ser::Error> {
+    Ok(Files { runner: toml::to_string(&runner(inputs))?, agent: toml::to_string(&agent(inputs))? })
 }
 
-fn runner<'a>(inputs: &Inputs<'a>) -> RunnerToml<'a> {
-    let Inputs { layout, node, users, .. } = *inputs;
+fn runner<'a>(inputs: &'a Inputs<'a>) -> RunnerToml<'a> {
+    let node = inputs.node;
     RunnerToml {
         node: node.number(),
-        state_dir: layout.path("runner"),
-        run_dir: layout.path("run"),
+        state_dir: &inputs.runner.state,
+        run_dir: &inputs.runner.run,
         jail_binary: inputs.binaries.join("epagent-jail"),
         unpack_binary: inputs.binaries.join("epagent-unpack"),
-        brain_uid: users.brain,
+        brain_uid: inputs.brain_uid,
         host_image: true,
-        pool: Pool { mount: layout.pool_mount(), file: layout.pool_file(), size: inputs.pool_size },
-        cgroup: Cgroup { root: node.cgroup() },
+        pool: &inputs.pool,
+        cgroup: Cgroup { root: &inputs.cgroup },
         ids: Ids { base: node.id_base(), ranges: ID_RANGES },
         network: Network {
             v4: node.v4_block(),
@@ -128,27 +143,23 @@ fn runner<'a>(inputs: &Inputs<'a>) -> RunnerToml<'a> {
     }
 }
 
-fn agent<'a>(inputs: &Inputs<'a>) -> AgentToml<'a> {
+fn agent<'a>(inputs: &'a Inputs<'a>) -> AgentToml<'a> {
     AgentToml {
         node: inputs.node.number(),
-        state_dir: Path::new(VIEW).join("brain"),
-        run_dir: Path::new(VIEW).join("run"),
+        state_dir: &inputs.agent.state,
+        run_dir: &inputs.agent.run,
         default_image: "host",
-        admin_gid: 0,
-        http_address: inputs.http.to_string(),
+        admin_gid: inputs.admin_gid,
+        http_address: &inputs.http,
     }
 }
 
-fn write_file(path: &Path, value: &impl Serialize) -> Result<(), DevError> {
-    let text = toml::to_string(value).map_err(|source| DevError::Toml { source })?;
-    let text = format!("# Written by `epagent dev` at each start; changes here are lost.\n{text}");
-    replace(path, &text).map_err(|source| DevError::Folder { path: path.to_owned(), source })
-}
-
-fn replace(path: &Path, text: &str) -> io::Result<()> {
+/// Puts a file in its place, whole or not at all.
+pub fn replace(path: &Path, text: &str) -> io::Result<()> {
     let next = path.with_extension("next");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&next)?;
     file.write_all(text.as_bytes())?;
+    file.sync_all()?;
     fs::rename(&next, path)
 }
 
@@ -158,30 +169,33 @@ mod tests {
 
     #[test]
     fn the_files_have_the_documented_shape() {
-        let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::open(dir.path()).unwrap();
-        fs::create_dir(layout.path("etc")).unwrap();
-        let node = Node::new(3).unwrap();
         let env = BTreeMap::from([("http_proxy".to_owned(), "http://p:1".to_owned())]);
+        let node = Node::new(3).unwrap();
         let inputs = Inputs {
-            layout: &layout,
             node,
-            users: Users::of(node),
+            brain_uid: 60_612,
+            admin_gid: 0,
             binaries: Path::new("/usr/lib/epagent"),
-            pool_size: "6G",
-            http: "127.0.0.1:8080".parse().unwrap(),
+            runner: Folders { state: "/s/runner".into(), run: "/s/run".into() },
+            agent: Folders { state: "/mnt/brain".into(), run: "/mnt/run".into() },
+            pool: Pool::Loop { mount: "/s/pool".into(), file: "/s/pool.img".into(), size: "6G".to_owned() },
+            cgroup: node.cgroup(),
+            http: "127.0.0.1:8080".to_owned(),
             build_env: &env,
         };
-        write(&inputs).unwrap();
-        let read = |name| -> toml::Table { fs::read_to_string(layout.path(name)).unwrap().parse().unwrap() };
-        let runner = read("etc/runner.toml");
+        let files = files(&inputs).unwrap();
+        let runner: toml::Table = files.runner.parse().unwrap();
         assert_eq!(runner["brain_uid"].as_integer(), Some(60_612));
         assert_eq!(runner["cgroup"]["root"].as_str(), Some("epagent-3"));
         assert_eq!(runner["ids"]["base"].as_integer(), Some(2_197_815_296));
         assert_eq!(runner["network"]["v4"].as_str(), Some("100.96.48.0/20"));
         assert_eq!(runner["build"]["env"]["http_proxy"].as_str(), Some("http://p:1"));
-        let agent = read("etc/epagentd.toml");
+        assert_eq!(runner["pool"]["size"].as_str(), Some("6G"));
+        let agent: toml::Table = files.agent.parse().unwrap();
         assert_eq!(agent["state_dir"].as_str(), Some("/mnt/brain"));
         assert_eq!(agent["http_address"].as_str(), Some("127.0.0.1:8080"));
+        let path = Inputs { pool: Pool::Path { path: "/srv/pool".into() }, ..inputs };
+        let runner: toml::Table = super::files(&path).unwrap().runner.parse().unwrap();
+        assert_eq!(runner["pool"]["path"].as_str(), Some("/srv/pool"));
     }
 }
