@@ -4,6 +4,7 @@
 
 pub mod app;
 pub mod client;
+pub mod hello;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -87,6 +88,18 @@ impl Balancer {
 
     pub fn status(&self) -> Status {
         self.control().status().expect("a status")
+    }
+
+    /// Where the one listener of this name listens.
+    pub fn listener(&self, name: &str) -> SocketAddr {
+        self.listeners(name)[0]
+    }
+
+    /// Where the listeners of this name listen.
+    pub fn listeners(&self, name: &str) -> Vec<SocketAddr> {
+        let status = self.status();
+        let named = status.listeners.iter().filter(|listener| listener.name == name);
+        named.map(|listener| listener.address.parse().expect("an address")).collect()
     }
 
     pub fn upstream(&self, id: &str) -> UpstreamStatus {
