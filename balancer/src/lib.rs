@@ -22,5 +22,6 @@ pub mod listeners;
 pub mod ring;
 pub mod saved;
 pub mod server;
+pub mod sockets;
 pub mod table;
 pub mod worker;

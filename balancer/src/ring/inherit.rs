@@ -5,7 +5,7 @@
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 /// The first inherited descriptor, fixed by the protocol.
 const FIRST: RawFd = 3;
@@ -59,10 +59,6 @@ fn take_one(fd: RawFd, name: String) -> Result<Inherited, InheritError> {
     let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
     let not_open = |source| InheritError::NotOpen { fd, name: name.clone(), source };
     fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(not_open)?;
-    // A non-blocking socket would make the ring answer EAGAIN instead of waiting.
-    let flags = fcntl(borrowed, FcntlArg::F_GETFL).map_err(not_open)?;
-    let flags = OFlag::from_bits_truncate(flags) - OFlag::O_NONBLOCK;
-    fcntl(borrowed, FcntlArg::F_SETFL(flags)).map_err(not_open)?;
     // SAFETY: it is open, the protocol says it is ours, and `take` is called once, before anything else
     // could have opened a descriptor of this number.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };

@@ -25,11 +25,9 @@ use std::time::Duration;
 
 use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::EventFd;
-use nix::sys::socket::{
-    self, AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, sockopt,
-};
+use nix::sys::socket::{self, SockaddrLike, SockaddrStorage};
+use rustix::net::SocketFlags;
 
 use self::buffers::{Buffers, GROUP};
 use self::sends::{Pointers, Sends};
@@ -37,7 +35,8 @@ use self::token::Token;
 use crate::core::chunk::Chunk;
 use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
 use crate::door::Door;
-use crate::table::{Address, UnixPath};
+use crate::sockets;
+use crate::table::Address;
 
 /// Entries of the submission queue; a batch with more of them enters more than once.
 const SUBMISSIONS: u32 = 1024;
@@ -169,28 +168,28 @@ impl Ring {
         self.push(entry.build(), Token::Accept { listener: id.0 })
     }
 
+    /// A connect to a unix socket is over at once, and needs no place in the ring.
     fn connect(&mut self, sock: SockId, address: &Address) -> io::Result<()> {
         *self.slot_mut(sock.index) = Slot { generation: sock.generation, ..Slot::default() };
         let made = match address {
-            Address::Tcp(address) => tcp_socket(*address).map(|socket| (socket, Some(*address))),
-            Address::Unix(path) => connect_unix(path).map(|socket| (socket, None)),
+            Address::Tcp(address) => sockets::tcp(*address, SocketFlags::empty()),
+            Address::Unix(path) => sockets::connect_unix(path),
         };
-        let (socket, address) = match made {
-            Ok(made) => made,
-            Err(errno) => {
-                let error = Errno(errno as i32);
+        let fd = match made {
+            Ok(socket) => socket.into_raw_fd(),
+            Err(error) => {
+                let error = Errno(error.raw_os_error());
                 self.ready.push(Completion::ConnectFailed { sock, error });
                 return Ok(());
             }
         };
-        let fd = socket.into_raw_fd();
         self.slot_mut(sock.index).fd = Some(fd);
-        let Some(address) = address else {
+        let Address::Tcp(address) = address else {
             self.ready.push(Completion::Connected { sock });
             return Ok(());
         };
         self.slot_mut(sock.index).in_flight = 1;
-        let address = Box::new(SockaddrStorage::from(address));
+        let address = Box::new(SockaddrStorage::from(*address));
         let entry = opcode::Connect::new(Fd(fd), address.as_ptr(), address.len()).build();
         self.addresses.push(address);
         self.push(entry, Token::Connect(sock))
@@ -434,36 +433,9 @@ fn is_passing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN))
 }
 
-fn tcp_socket(address: SocketAddr) -> nix::Result<OwnedFd> {
-    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    // Options that make things faster or notice the dead; a socket without them works too.
-    let _ = socket::setsockopt(&socket, sockopt::TcpNoDelay, &true);
-    let _ = socket::setsockopt(&socket, sockopt::KeepAlive, &true);
-    Ok(socket)
-}
-
-/// Connects to a unix socket, which takes no time: its queue has room or is full (EAGAIN). In the ring, a
-/// full one would keep a worker thread of the kernel's waiting.
-fn connect_unix(path: &UnixPath) -> nix::Result<OwnedFd> {
-    if path.is_tenants() {
-        // There is no folder of the tenants'.
-        return Err(nix::Error::ENOENT);
-    }
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path.as_str())?)?;
-    // The ring waits itself, where the socket does not say EAGAIN at once.
-    fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty()))?;
-    Ok(socket)
-}
-
 fn reset_on_close(fd: RawFd) {
     // SAFETY: the caller owns the descriptor, which is open for the length of this call.
-    let socket = unsafe { BorrowedFd::borrow_raw(fd) };
-    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
-    // Without it the peer sees FIN where it should see RST; nothing else to do about it.
-    let _ = socket::setsockopt(&socket, sockopt::Linger, &linger);
+    sockets::reset_on_close(unsafe { BorrowedFd::borrow_raw(fd) });
 }
 
 fn peer_address(fd: RawFd) -> Option<SocketAddr> {

@@ -1,0 +1,55 @@
+//! Sockets as both doors make and end them.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
+
+use crate::table::UnixPath;
+
+/// A TCP socket to connect to this address with.
+pub fn tcp(address: SocketAddr, flags: SocketFlags) -> rustix::io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, flags | SocketFlags::CLOEXEC, None)?;
+    // Options that make things faster or notice the dead; a socket without them works too.
+    let _ = sockopt::set_tcp_nodelay(&socket, true);
+    let _ = sockopt::set_socket_keepalive(&socket, true);
+    Ok(socket)
+}
+
+/// Begins a connect by TCP; it has ended when the socket can be written to, and [`error`] says how.
+pub fn begin_connect(address: SocketAddr) -> rustix::io::Result<OwnedFd> {
+    let socket = tcp(address, SocketFlags::NONBLOCK)?;
+    match connect(&socket, &address) {
+        Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
+        Err(error) => Err(error),
+    }
+}
+
+/// Connects to a unix socket, which takes no time: its queue has room or is full (EAGAIN). In the ring, a
+/// full one would keep a worker thread of the kernel's waiting.
+pub fn connect_unix(path: &UnixPath) -> rustix::io::Result<OwnedFd> {
+    if path.is_tenants() {
+        // There is no folder of the tenants'.
+        return Err(Errno::NOENT);
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path.as_str())?)?;
+    // The ring waits itself, where the socket does not say EAGAIN at once.
+    rustix::io::ioctl_fionbio(&socket, false)?;
+    Ok(socket)
+}
+
+/// The error that a socket has, which is none when its connect worked.
+pub fn error(socket: impl AsFd) -> rustix::io::Result<()> {
+    sockopt::socket_error(socket)?
+}
+
+/// From now on, closing the socket is a reset.
+pub fn reset_on_close(socket: impl AsFd) {
+    // Without it the peer sees FIN where it should see RST; nothing else to do about it.
+    let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+}
