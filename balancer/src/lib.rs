@@ -9,8 +9,8 @@
 //!                                                     └──▶ door: the ring ─┘  (does as told)
 //! ```
 //!
-//! [`core`] has no I/O, no clock and no randomness; [`ring`] has no opinions and all the unsafe code. The
-//! balancer imports nothing else of this workspace, so it builds, runs and is tested alone.
+//! [`core`] has no I/O, no clock and no randomness; [`ring`] has no opinions and all the unsafe code; [`epoll`]
+//! takes its place where io_uring is denied. The balancer imports nothing else of this workspace, so it builds, runs and is tested alone.
 
 #![deny(unsafe_code)]
 
@@ -18,6 +18,8 @@ pub mod access_log;
 pub mod control;
 pub mod core;
 pub mod door;
+pub mod doors;
+pub mod epoll;
 pub mod listeners;
 pub mod ring;
 pub mod saved;

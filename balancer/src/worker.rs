@@ -16,7 +16,7 @@ use crate::core::engine::{Core, Snapshot};
 use crate::core::io::{ListenerId, Millis};
 use crate::core::listen::Listen;
 use crate::door::Door;
-use crate::ring::{Ring, RingError};
+use crate::doors::{AnyDoor, BufferSizes, DoorError, Io};
 use crate::table::Table;
 
 /// Most commands waiting for a thread. The control thread waits for each answer, so few ever do.
@@ -62,13 +62,6 @@ pub struct Notices {
     pub remarks: SyncSender<String>,
 }
 
-/// Buffers of a thread's ring.
-#[derive(Debug, Clone, Copy)]
-pub struct BufferSizes {
-    pub count: u16,
-    pub size_bytes: usize,
-}
-
 /// Why a thread could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -77,15 +70,16 @@ pub enum StartError {
     #[error("cannot make the wake-up descriptor of a data-path thread")]
     Waker(#[source] nix::Error),
     #[error(transparent)]
-    Ring(#[from] RingError),
+    Door(#[from] DoorError),
     #[error("a data-path thread ended while it started")]
     Ended,
 }
 
 impl Worker {
-    /// Starts a thread with a ring of its own.
+    /// Starts a thread with a door of its own.
     pub fn start(
         index: u32,
+        io: Io,
         config: Config,
         buffers: BufferSizes,
         log: Option<AccessLog>,
@@ -94,12 +88,12 @@ impl Worker {
         let waker = Arc::new(EventFd::new().map_err(StartError::Waker)?);
         let (commands, inbox) = mpsc::sync_channel(COMMANDS_MAX);
         let (started, start) = mpsc::channel();
-        let ring_waker = waker.clone();
+        let door_waker = waker.clone();
         let body = move || {
             let _notice = EndNotice(notices.ended);
-            // The ring belongs to the thread that makes it.
-            let ring = match Ring::new(buffers.count, buffers.size_bytes, ring_waker) {
-                Ok(ring) => ring,
+            // A door belongs to the thread that makes it.
+            let door = match AnyDoor::open(io, buffers, door_waker) {
+                Ok(door) => door,
                 Err(error) => {
                     // The starter is waiting for it.
                     let _ = started.send(Err(error));
@@ -107,10 +101,10 @@ impl Worker {
                 }
             };
             let _ = started.send(Ok(()));
-            run(ring, Core::new(config), &inbox, log.as_ref(), &notices.starved, &notices.remarks)
+            run(door, Core::new(config), &inbox, log.as_ref(), &notices.starved, &notices.remarks)
         };
         let thread = std::thread::Builder::new()
-            .name(format!("ring-{index}"))
+            .name(format!("{io}-{index}"))
             .spawn(body)
             .map_err(StartError::Thread)?;
         start.recv().map_err(|_| StartError::Ended)??;

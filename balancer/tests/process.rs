@@ -334,6 +334,7 @@ fn it_proxies_alone_without_any_control() {
             "--upstream",
             &app.address.to_string(),
         ])
+        .args(common::IO_ARGUMENTS)
         .spawn()
         .expect("it starts");
     let mut client = poll("it listens", || TcpStream::connect(listen).ok().map(|_| Client::connect(listen)));
@@ -357,6 +358,7 @@ fn it_proxies_to_a_unix_socket() {
     let upstream = format!("unix:{}", path.display());
     let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_epagent-balancer"))
         .args(["run", "--mode", "tcp", "--listen", &listen.to_string(), "--upstream", &upstream])
+        .args(common::IO_ARGUMENTS)
         .spawn()
         .expect("it starts");
     let mut client = poll("it listens", || TcpStream::connect(listen).ok());

@@ -15,11 +15,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use epagent_balancer::control::client::Client;
 use epagent_balancer::core::config::Config;
 use epagent_balancer::core::listen::{self, Listen};
+use epagent_balancer::doors::{BufferSizes, IoChoice};
 use epagent_balancer::listeners::Bind;
 use epagent_balancer::ring::inherit;
 use epagent_balancer::server::{Options, Server, chain, log};
 use epagent_balancer::table::{Action, Address, Match, Proxy, Route, Table, Upstream, UpstreamState};
-use epagent_balancer::worker::BufferSizes;
 
 /// An io_uring TCP and HTTP balancer that can hold a request while the app behind it changes.
 #[derive(Parser)]
@@ -111,9 +111,12 @@ struct ControlArgs {
 
 #[derive(Args)]
 struct CommonArgs {
-    /// Data-path threads, each with a ring of its own
+    /// Data-path threads, each with a door of its own
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     threads: u32,
+    /// What to reach the network by; auto is io_uring where it is to be had, else epoll
+    #[arg(long, value_enum, default_value = "auto")]
+    io: IoChoice,
     /// Most client connections [default: what the descriptor limit allows]
     #[arg(long, value_name = "COUNT")]
     max_connections: Option<u64>,
@@ -273,6 +276,7 @@ impl CommonArgs {
             },
             connections_max: self.max_connections,
             buffers: BufferSizes { count: self.buffers, size_bytes: self.buffer_bytes },
+            io: self.io,
             access_log: self.access_log.clone(),
             state_dir: None,
             port_address: IpAddr::from([127, 0, 0, 1]),

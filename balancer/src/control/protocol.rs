@@ -13,6 +13,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::doors::Io;
 use crate::table::{Address, Table, UpstreamState};
 
 /// Longest line either side accepts, in bytes, newline included.
@@ -121,6 +122,9 @@ pub enum ErrorCode {
 pub struct Status {
     pub table_version: u64,
     pub threads: u32,
+    /// What the data path uses.
+    #[serde(default)]
+    pub io: Io,
     pub listeners: Vec<ListenerStatus>,
     pub routes: Vec<RouteStatus>,
     /// Also upstreams that have left the table but still have something to finish (`state: removed`).

@@ -77,7 +77,8 @@ struct Slot {
 pub enum RingError {
     #[error(
         "cannot set up io_uring with SINGLE_ISSUER and DEFER_TASKRUN: it needs Linux 6.1, and no policy \
-         that denies io_uring_setup (sysctl kernel.io_uring_disabled, a seccomp filter)"
+         that denies io_uring_setup (sysctl kernel.io_uring_disabled, a seccomp filter); --io epoll does \
+         without"
     )]
     Setup(#[source] io::Error),
     #[error("cannot allocate {count} receive buffers of {size} bytes")]

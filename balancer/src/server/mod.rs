@@ -28,11 +28,12 @@ use crate::control::protocol::Request;
 use crate::control::server::{ControlServer, Reply};
 use crate::core::config::Config;
 use crate::core::io::ListenerId;
+use crate::doors::{BufferSizes, DoorError, Io, IoChoice};
 use crate::listeners::{Bind, ListenError, Listeners};
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
 use crate::table::Table;
-use crate::worker::{BufferSizes, Command, Notices, StartError, Worker};
+use crate::worker::{Command, Notices, StartError, Worker};
 
 /// How long a thread may take to answer the control thread.
 const THREAD_TIMEOUT: Duration = Duration::from_secs(1);
@@ -44,6 +45,8 @@ pub struct Options {
     /// Most client connections of the process; by default what the descriptor limit allows.
     pub connections_max: Option<u64>,
     pub buffers: BufferSizes,
+    /// io_uring, epoll, or what is to be had.
+    pub io: IoChoice,
     /// Where the table is kept; without it, nothing survives the process.
     pub state_dir: Option<PathBuf>,
     /// Where listeners for routes by port are bound.
@@ -67,6 +70,8 @@ pub struct Options {
 /// Why the process could not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
+    #[error("cannot open the door to the network")]
+    Door(#[from] DoorError),
     #[error("cannot start a data-path thread")]
     Worker(#[from] StartError),
     #[error("cannot use a listener")]
@@ -85,6 +90,7 @@ pub enum ServerError {
 
 /// A running balancer.
 pub struct Server {
+    io: Io,
     workers: Vec<Worker>,
     listeners: Listeners,
     control: Option<ControlServer>,
@@ -105,6 +111,11 @@ impl Server {
         let signals = watch_signals().map_err(ServerError::Watch)?;
         let worker_ended = Arc::new(EventFd::new().map_err(ServerError::Watch)?);
         let starved = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).map_err(ServerError::Watch)?);
+        let (io, missing) = options.io.decide(options.buffers)?;
+        match missing {
+            Some(why) => log(&format!("using epoll, since io_uring is not to be had: {}", chain(&why))),
+            None => log(&format!("using {io}")),
+        }
         let threads = options.threads.max(1);
         let connections_max = options.connections_max.unwrap_or_else(connections_by_descriptors);
         let config = Config {
@@ -118,7 +129,7 @@ impl Server {
         let remarks = say::start_remarking().map_err(ServerError::Log)?;
         let notices = Notices { ended: worker_ended.clone(), starved: starved.clone(), remarks };
         let start =
-            |index| Worker::start(index, config.clone(), options.buffers, log.clone(), notices.clone());
+            |index| Worker::start(index, io, config.clone(), options.buffers, log.clone(), notices.clone());
         let workers = (0..threads).map(start).collect::<Result<Vec<_>, _>>()?;
         let mut listeners = Listeners::new(options.port_address);
         for inherited in options.inherited {
@@ -134,6 +145,7 @@ impl Server {
         let stop_timeout = options.stop_timeout;
         let sequence = 0;
         let mut server = Self {
+            io,
             workers,
             listeners,
             control,

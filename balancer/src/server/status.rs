@@ -16,6 +16,7 @@ impl Server {
         let mut status = Status {
             table_version: self.table.version,
             threads: self.workers.len() as u32,
+            io: self.io,
             listeners: self.listeners.status(),
             ..Status::default()
         };

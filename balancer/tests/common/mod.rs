@@ -1,4 +1,7 @@
 //! What the tests share: a balancer as a child process, little apps on loopback, a raw HTTP client.
+//!
+//! Every test of behaviour runs twice: as the binary it is in, by io_uring, and as a module of the binary
+//! `epoll`, by epoll.
 
 #![allow(dead_code, reason = "each test binary uses its own part of it")]
 
@@ -17,10 +20,17 @@ use std::time::{Duration, Instant};
 
 use epagent_balancer::control::client::Client as Control;
 use epagent_balancer::control::protocol::{Ack, Status, UpstreamStatus};
+use epagent_balancer::doors::Io;
 use epagent_balancer::table::Table;
 
 /// Longer than anything here takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The door that the tests of this binary go through.
+pub const IO: Io = if is_same(env!("CARGO_CRATE_NAME"), "epoll") { Io::Epoll } else { Io::Uring };
+
+/// What asks for that door.
+pub const IO_ARGUMENTS: [&str; 2] = ["--io", if matches!(IO, Io::Epoll) { "epoll" } else { "uring" }];
 
 /// A running balancer; killed when dropped.
 pub struct Balancer {
@@ -33,11 +43,19 @@ pub struct Balancer {
 impl Balancer {
     /// With one HTTP listener on a port of the system's choosing.
     pub fn start(arguments: &[&str]) -> Self {
+        let arguments = [&IO_ARGUMENTS, arguments].concat();
+        let balancer = Self::start_with(&arguments, |mut command| command.spawn());
+        assert_eq!(balancer.status().io, IO, "it goes through another door than it was told to");
+        balancer
+    }
+
+    /// Through the door it chooses by itself (or as told by `arguments`), started by `spawn`.
+    pub fn start_with(arguments: &[&str], spawn: impl FnOnce(Command) -> std::io::Result<Child>) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let mut command = Command::new(env!("CARGO_BIN_EXE_epagent-balancer"));
         command.args(["--http", "127.0.0.1:0"]).arg("--control").arg(dir.path().join("control.sock"));
         command.arg("--state").arg(dir.path()).args(arguments).stderr(Stdio::inherit());
-        Self::spawned(command.spawn().expect("the balancer starts"), dir)
+        Self::spawned(spawn(command).expect("the balancer starts"), dir)
     }
 
     /// With inherited sockets, as systemd would hand them over, the control socket among them.
@@ -58,6 +76,7 @@ impl Balancer {
         script.push_str("export LISTEN_PID=$$; exec \"$@\"");
         let mut command = Command::new("bash");
         command.args(["-c", &script, "bash", env!("CARGO_BIN_EXE_epagent-balancer")]);
+        command.args(IO_ARGUMENTS);
         command.arg("--state").arg(dir.path());
         command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
         Self::spawned(command.spawn().expect("the balancer starts"), dir)
@@ -170,6 +189,17 @@ pub fn proxy(upstreams: &[(&str, SocketAddr, &str)]) -> String {
     };
     let upstreams: Vec<String> = upstreams.iter().map(upstream).collect();
     format!(r#"{{"proxy":{{"upstreams":[{}]}}}}"#, upstreams.join(","))
+}
+
+const fn is_same(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let mut same = a.len() == b.len();
+    let mut at = 0;
+    while same && at < a.len() {
+        same = a[at] == b[at];
+        at += 1;
+    }
+    same
 }
 
 /// Waits until `attempt` has something to give.

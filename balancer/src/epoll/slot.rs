@@ -1,0 +1,135 @@
+//! A socket of the core's: what epoll has said of it, and what the core has asked of it.
+
+use std::io::IoSlice;
+use std::os::fd::OwnedFd;
+
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::EventFlags;
+use rustix::io::{Errno as SysErrno, retry_on_intr};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, send, sendmsg, shutdown};
+
+use super::buffers::Buffers;
+use crate::core::chunk::Chunk;
+use crate::core::io::{Completion, Errno, RecvEnd, RecvMode, SockId};
+
+/// Most buffers one socket may fill in its turn.
+const READS_PER_TURN_MAX: usize = 4;
+
+/// One socket.
+pub struct Slot {
+    pub sock: SockId,
+    pub socket: OwnedFd,
+    pub interest: Interest,
+    pub recv: Option<RecvMode>,
+    /// Something may be there to be received; known until a receive finds nothing.
+    pub readable: bool,
+    /// The peer's end or an error lies behind what is there, and will not be told again.
+    pub end_is_near: bool,
+    /// In the line of those that have a turn.
+    pub due: bool,
+    pub connecting: bool,
+    /// A send that waits for room.
+    pub waiting_send: Option<Vec<Chunk>>,
+}
+
+/// What epoll is asked to tell. Room to send is asked for only while it is waited for: a unix socket would
+/// tell of it after every message that its peer takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interest {
+    Reading,
+    ReadingAndWriting,
+}
+
+impl Interest {
+    pub fn flags(self) -> EventFlags {
+        let reading = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        match self {
+            Self::Reading => reading,
+            Self::ReadingAndWriting => reading | EventFlags::OUT,
+        }
+    }
+}
+
+impl Slot {
+    pub fn new(sock: SockId, socket: OwnedFd, interest: Interest) -> Self {
+        Self {
+            sock,
+            socket,
+            interest,
+            recv: None,
+            readable: false,
+            end_is_near: false,
+            due: false,
+            connecting: false,
+            waiting_send: None,
+        }
+    }
+
+    /// A socket that cannot be watched is ended both ways, which its next receive tells the core.
+    pub fn give_up(&mut self) {
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        (self.readable, self.end_is_near) = (true, true);
+    }
+
+    /// Takes in what epoll says.
+    pub fn note(&mut self, flags: EventFlags) {
+        let ends = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
+        self.readable |= flags.intersects(ends | EventFlags::IN);
+        self.end_is_near |= flags.intersects(ends);
+    }
+
+    /// A turn to receive: a few buffers at most, then others have theirs.
+    pub fn receive(&mut self, buffers: &Buffers, out: &mut Vec<Completion>) {
+        for _ in 0..READS_PER_TURN_MAX {
+            let Some(mode) = self.recv.filter(|_| self.readable) else { return };
+            let sock = self.sock;
+            let mut buffer = buffers.take();
+            let received =
+                retry_on_intr(|| recv(&self.socket, spare_capacity(&mut buffer), RecvFlags::DONTWAIT));
+            let why = match received.map(|(count, _)| count) {
+                Ok(count @ 1..) => {
+                    // Less than there was room for: nothing is left, unless the end has been announced.
+                    self.readable = count == buffer.capacity() || self.end_is_near;
+                    out.push(Completion::Received { sock, chunk: buffers.lend(buffer) });
+                    match mode {
+                        RecvMode::Many => continue,
+                        RecvMode::Once => RecvEnd::Ended,
+                    }
+                }
+                Ok(0) => RecvEnd::Eof,
+                Err(SysErrno::AGAIN) => {
+                    self.readable = false;
+                    return buffers.put_back(buffer);
+                }
+                Err(error) => RecvEnd::Failed(Errno(error.raw_os_error())),
+            };
+            self.recv = None;
+            return out.push(Completion::RecvEnded { sock, why });
+        }
+    }
+
+    /// Sends what fits. One that waits, and finds no room, is kept for later.
+    pub fn send(&mut self, chunks: Vec<Chunk>, wait: bool) -> Option<Completion> {
+        let sock = self.sock;
+        match send_now(&self.socket, &chunks) {
+            Ok(bytes) => Some(Completion::Sent { sock, bytes }),
+            Err(SysErrno::AGAIN) if wait => {
+                self.waiting_send = Some(chunks);
+                None
+            }
+            Err(SysErrno::AGAIN) => Some(Completion::Sent { sock, bytes: 0 }),
+            Err(error) => Some(Completion::SendFailed { sock, error: Errno(error.raw_os_error()) }),
+        }
+    }
+}
+
+fn send_now(socket: &OwnedFd, chunks: &[Chunk]) -> rustix::io::Result<usize> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    retry_on_intr(|| match chunks {
+        [only] => send(socket, only, flags),
+        several => {
+            let slices: Vec<IoSlice<'_>> = several.iter().map(|chunk| IoSlice::new(chunk)).collect();
+            sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), flags)
+        }
+    })
+}

@@ -1,0 +1,36 @@
+//! Every test of behaviour again, by epoll. `common::IO` goes by the name of this binary.
+
+#![allow(
+    clippy::duplicate_mod,
+    reason = "each file brings along what the tests share, as in a binary of its own"
+)]
+
+#[path = "actions.rs"]
+mod actions;
+#[path = "conformance.rs"]
+mod conformance;
+#[path = "deploy.rs"]
+mod deploy;
+#[path = "hold.rs"]
+mod hold;
+#[path = "http.rs"]
+mod http;
+#[path = "process.rs"]
+mod process;
+#[path = "tcp.rs"]
+mod tcp;
+#[path = "wake.rs"]
+mod wake;
+
+#[test]
+fn every_test_of_behaviour_is_run_by_epoll_too() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests");
+    let ours = std::fs::read_to_string(format!("{folder}/epoll.rs")).expect("this file");
+    for entry in std::fs::read_dir(folder).expect("the tests") {
+        let name = entry.expect("a file").file_name().into_string().expect("a name");
+        // `doors.rs` is about the choice itself.
+        if name.ends_with(".rs") && !["epoll.rs", "doors.rs"].contains(&name.as_str()) {
+            assert!(ours.contains(&format!("#[path = \"{name}\"]")), "{name} is not run by epoll");
+        }
+    }
+}
