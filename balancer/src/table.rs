@@ -20,6 +20,7 @@
 
 pub mod actions;
 pub mod address;
+pub mod choosing;
 
 use std::collections::{HashMap, HashSet};
 
@@ -27,6 +28,8 @@ use serde::{Deserialize, Serialize};
 
 use self::actions::{ActionFault, Alias, Empty, NoSettings, Pages, Redirect, StaticPage};
 pub use self::address::{Address, AddressError, UnixPath};
+pub use self::choosing::{Algorithm, AllDown, Hash, HashBy, WEIGHT_MAX};
+use self::choosing::{check_algorithm, default_weight, is_default, is_default_weight};
 use crate::core::http::answer::Answer;
 use crate::core::preface::client_hello::normal_name;
 
@@ -121,9 +124,16 @@ pub enum Action {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Proxy {
-    /// Where traffic may go. May be empty: everything is held, as with [`Action::Hold`].
+    /// Where traffic may go. May be empty: unless `all_down` says otherwise everything is held, as with
+    /// [`Action::Hold`].
     #[serde(default)]
     pub upstreams: Vec<Upstream>,
+    /// Which of them is next.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub algorithm: Algorithm,
+    /// What happens when none of them can be given anything.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub all_down: AllDown,
 }
 
 /// The hold action has no settings of its own; its bounds are the route's `hold`.
@@ -145,6 +155,9 @@ pub struct Upstream {
     /// routes by port and by server name: HTTP connections carry requests of many clients.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub proxy_protocol: bool,
+    /// Its share of the route's traffic, relative to the others': 1 to [`WEIGHT_MAX`].
+    #[serde(default = "default_weight", skip_serializing_if = "is_default_weight")]
+    pub weight: u16,
 }
 
 /// Whether an upstream may be given traffic, as the sender of the table judges it.
@@ -207,6 +220,10 @@ pub enum TableError {
     UnlikeUpstream { route: String, id: String },
     #[error("route {route:?} names the upstream {id:?} twice")]
     SameUpstream { route: String, id: String },
+    #[error("route {route:?} gives the upstream {id:?} the weight {weight}: it is 1 to {WEIGHT_MAX}")]
+    BadWeight { route: String, id: String, weight: u16 },
+    #[error("route {route:?} hashes the header {name:?}, which is no header's name")]
+    BadHeaderName { route: String, name: String },
     #[error("route {route:?}: {fault}")]
     Action { route: String, fault: ActionFault },
     #[error("the page for {code:?}: {fault}")]
@@ -286,8 +303,15 @@ impl Route {
             if !seen.insert(upstream.id.as_str()) {
                 return Err(TableError::SameUpstream { route: self.id.clone(), id: upstream.id.clone() });
             }
+            if !(1..=WEIGHT_MAX).contains(&upstream.weight) {
+                let (route, id) = (self.id.clone(), upstream.id.clone());
+                return Err(TableError::BadWeight { route, id, weight: upstream.weight });
+            }
         }
-        Ok(())
+        match &self.action {
+            Action::Proxy(proxy) => check_algorithm(&self.id, &proxy.algorithm),
+            _ => Ok(()),
+        }
     }
 
     /// `known` has what earlier routes say of the same upstreams.

@@ -196,9 +196,10 @@ fn run(args: RunArgs) -> Result<(), String> {
         id: format!("upstream-{index}"),
         address: address.clone(),
         state: UpstreamState::Up,
+        weight: 1,
         proxy_protocol: args.upstream_proxy_protocol,
     });
-    let action = Action::Proxy(Proxy { upstreams: upstreams.collect() });
+    let action = Action::Proxy(Proxy { upstreams: upstreams.collect(), ..Proxy::default() });
     let (mut bind, mut routes) = (Vec::new(), Vec::<Route>::new());
     for address in args.listen {
         let port = address.port();

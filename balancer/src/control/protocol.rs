@@ -319,6 +319,12 @@ counters! {
     hold_shed,
     /// 503: held for too long.
     hold_expired,
+    /// 503: the route names no upstream, and its policy is to answer.
+    no_upstreams,
+    /// 503: none of the upstreams could be given anything, and the policy is to answer.
+    all_down,
+    /// Times something was held because as many connects to the upstreams were under way as may be.
+    upstream_full,
     /// 502: the upstream closed or reset before it answered.
     upstream_died,
     /// 502: the upstream's answer was not valid HTTP/1.1.

@@ -158,7 +158,7 @@ impl Core {
         http.requests += 1;
         http.phase = Phase::Waiting;
         // A key that no route has stands for none until the answer below is given.
-        let wait = Wait { route: route.unwrap_or(super::slab::RouteKey::NONE), since: None, queued: false };
+        let wait = Wait::at(route.unwrap_or(super::slab::RouteKey::NONE));
         http.request = Some(Request {
             wait,
             host: plan.host,

@@ -9,6 +9,8 @@ pub struct Config {
     pub connections_max: u64,
     /// How many threads share the table's hold limits.
     pub threads: u32,
+    /// What the choices that look random start from: the same seed, the same choices.
+    pub seed: u64,
     /// Note every request's end for the access log.
     pub access_log: bool,
     /// A request head larger than this gets 431.
@@ -50,6 +52,10 @@ impl Config {
     pub const UPSTREAM_IDLE_UNREPEATABLE_MS: Millis = 250;
     /// Connects under way per upstream and thread; more requests are held until one completes.
     pub const CONNECTING_MAX: u32 = 512;
+    /// Connects tried for one request without a pause. What follows then is the route's policy for traffic
+    /// that nobody can take; a held request goes on trying, every [`Config::HOLD_TICK_MS`] at most, as long
+    /// as it is held.
+    pub const CONNECT_TRIES_MAX: u8 = 10;
     /// How often held requests look again, and how soon an unreachable upstream is tried again when no
     /// other is left.
     pub const HOLD_TICK_MS: Millis = 50;
@@ -71,6 +77,7 @@ impl Default for Config {
         Self {
             connections_max: 50_000,
             threads: 1,
+            seed: 0,
             access_log: false,
             head_bytes_max: 32 * 1024,
             head_timeout_ms: 10_000,

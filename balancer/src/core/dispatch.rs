@@ -1,17 +1,22 @@
 //! Finding an upstream for a client that waits: a kept-alive connection, a new one, or the hold queue.
 //!
 //! Nothing of a request is sent before its connection stands, so a connect that fails costs the client
-//! nothing but time: the request goes to another upstream, or is held until one can be reached.
+//! nothing but time: the request goes to another upstream, or is held until one can be reached. At most
+//! [`Config::CONNECT_TRIES_MAX`] connects are tried for it in a row; what was sent is never sent again, but
+//! for the one case in `upstream_side`.
 
+use std::net::IpAddr;
+
+use super::choose::{Ask, Choice};
 use super::config::Config;
 use super::engine::Core;
 use super::http::answer::Answer;
 use super::io::{Errno, Op, SockId};
 use super::listen::Mode;
-use super::routes::Route;
-use super::session::{Finish, Phase, Role, Sock, UpPhase, UpstreamConn, Wait};
+use super::random;
+use super::session::{Phase, Role, Sock, UpPhase, UpstreamConn, Wait};
 use super::slab::{RouteKey, UpstreamKey};
-use crate::control::protocol::ShownState;
+use crate::table::{AllDown, HashBy};
 
 impl Core {
     /// Gives a waiting client to an upstream of its route, or holds it.
@@ -20,10 +25,27 @@ impl Core {
         if let Some(reply) = self.routes.get(route).and_then(|route| route.reply.clone()) {
             return self.act(client, reply);
         }
-        match self.choose(route) {
-            Some(upstream) => self.give(client, upstream),
-            None => self.hold(client, route),
+        match self.choose(route, client) {
+            Choice::Give(upstream) => self.give(client, upstream),
+            Choice::Busy => {
+                self.counters.upstream_full += 1;
+                self.hold(client, route);
+            }
+            none => self.without_upstream(client, route, none),
         }
+    }
+
+    /// Nobody can take it: the route's policy says what becomes of it.
+    fn without_upstream(&mut self, client: SockId, key: RouteKey, none: Choice) {
+        match self.answers_at_once(key) {
+            true => self.give_up(client, no_upstream(none)),
+            false => self.hold(client, key),
+        }
+    }
+
+    /// Whether the route answers rather than holds when none of its upstreams can take anything.
+    pub(super) fn answers_at_once(&self, key: RouteKey) -> bool {
+        self.routes.get(key).is_some_and(|route| route.chooser.all_down == AllDown::Answer)
     }
 
     /// Finds a route anew for a client whose route is gone.
@@ -56,46 +78,6 @@ impl Core {
             None if self.routes.has_hosts() => self.answer(client, Answer::UnknownHost),
             None => self.answer(client, Answer::NoRoutes),
         }
-    }
-
-    /// Lets held clients go, as far as upstreams can take them.
-    pub(super) fn release_all(&mut self) {
-        for route in self.routes.holding() {
-            while let Some((client, reply)) = self.routes.get_mut(route).and_then(Route::pop_answered) {
-                if let Some(wait) = self.wait_mut(client) {
-                    wait.queued = false;
-                    self.act(client, reply);
-                }
-            }
-            while let Some(upstream) = self.choose_for_held(route) {
-                let Some((client, _)) = self.routes.get_mut(route).and_then(|route| route.held.pop_front())
-                else {
-                    break;
-                };
-                if let Some(wait) = self.wait_mut(client) {
-                    wait.queued = false;
-                    self.give(client, upstream);
-                }
-            }
-        }
-    }
-
-    /// Every 50 ms while something is held: age out, and try again what could not be reached.
-    pub(super) fn hold_tick(&mut self) {
-        if self.hold_tick_at.is_none_or(|at| at > self.now) {
-            return;
-        }
-        let holding = self.routes.holding();
-        for key in &holding {
-            while let Some(client) = self.pop_expired(*key) {
-                if let Some(wait) = self.wait_mut(client) {
-                    wait.queued = false;
-                }
-                self.give_up(client, Answer::HoldExpired);
-            }
-        }
-        self.release_wanted = true;
-        self.hold_tick_at = if holding.is_empty() { None } else { Some(self.now + Config::HOLD_TICK_MS) };
     }
 
     /// A connect is done.
@@ -136,8 +118,19 @@ impl Core {
                 None => self.reroute(client),
             };
         }
-        self.counters.retried_connect += 1;
-        self.dispatch(client);
+        let tries = self.wait_mut(client).map_or(0, |wait| {
+            wait.tries += 1;
+            wait.tries
+        });
+        match self.route_of(client) {
+            Some(route) if tries >= Config::CONNECT_TRIES_MAX => {
+                self.without_upstream(client, route, Choice::AllDown);
+            }
+            _ => {
+                self.counters.retried_connect += 1;
+                self.dispatch(client);
+            }
+        }
     }
 
     /// Counts a request or connection on its route.
@@ -149,17 +142,7 @@ impl Core {
         }
     }
 
-    /// Takes a client out of its hold queue, if it is in one.
-    pub(super) fn unhold(&mut self, client: SockId) {
-        let Some(wait) = self.wait_mut(client).filter(|wait| wait.queued) else { return };
-        wait.queued = false;
-        let key = wait.route;
-        if let Some(route) = self.routes.get_mut(key) {
-            route.held.retain(|(held, _)| *held != client);
-        }
-    }
-
-    fn wait_mut(&mut self, client: SockId) -> Option<&mut Wait> {
+    pub(super) fn wait_mut(&mut self, client: SockId) -> Option<&mut Wait> {
         self.socks.get_mut(client)?.wait()
     }
 
@@ -169,18 +152,35 @@ impl Core {
         self.routes.get(key).filter(|route| !route.is_alias).map(|_| key)
     }
 
-    fn choose(&mut self, route: RouteKey) -> Option<UpstreamKey> {
-        let route = self.routes.get_mut(route)?;
-        self.upstreams.choose(&route.up, &mut route.turn, self.now)
+    /// Which upstream of the route the client is to be given to.
+    pub(super) fn choose(&mut self, key: RouteKey, client: SockId) -> Choice {
+        let hashed = self.hashed(key, client);
+        let Some(route) = self.routes.get_mut(key) else { return Choice::NoUpstreams };
+        let mut ask = Ask { now: self.now, key: hashed, random: &mut self.random };
+        route.chooser.choose(&mut ask, &self.upstreams)
     }
 
-    fn choose_for_held(&mut self, route: RouteKey) -> Option<UpstreamKey> {
-        self.routes.get(route).filter(|route| !route.held.is_empty())?;
-        self.choose(route)
+    /// What the route's hash makes of the client's request, if it hashes.
+    fn hashed(&self, key: RouteKey, client: SockId) -> Option<u64> {
+        let by = self.routes.get(key)?.chooser.hash_by()?;
+        let (address, request) = match &self.socks.get(client)?.role {
+            Role::Http(http) => (http.address, http.request.as_ref()),
+            Role::Tcp(tcp) => (tcp.origin.source, None),
+            _ => (None, None),
+        };
+        if let (HashBy::Header(name), Some(request)) = (by, request)
+            && let Some(value) = field(&request.forward, name)
+        {
+            return Some(random::hash(value));
+        }
+        Some(match address?.ip().to_canonical() {
+            IpAddr::V4(ip) => random::hash(&ip.octets()),
+            IpAddr::V6(ip) => random::hash(&ip.octets()),
+        })
     }
 
     /// Serves a client from this upstream: by a kept-alive connection where one will do, else a new one.
-    fn give(&mut self, client: SockId, key: UpstreamKey) {
+    pub(super) fn give(&mut self, client: SockId, key: UpstreamKey) {
         let Some(sock) = self.socks.get_mut(client) else { return };
         if let Some(request) = sock.http().and_then(|http| http.request.as_ref()) {
             let (repeatable, fresh_only) = (request.repeatable, request.fresh_only);
@@ -213,21 +213,6 @@ impl Core {
         self.touch(upstream);
     }
 
-    fn take_idle(&mut self, key: UpstreamKey, repeatable: bool, fresh_only: bool) -> Option<SockId> {
-        let upstream = self.upstreams.get_mut(key).filter(|_| !fresh_only)?;
-        let newest = *upstream.idle.last()?;
-        let Role::Upstream(conn) = &mut self.socks.get_mut(newest)?.role else { return None };
-        let UpPhase::Idle { since } = conn.phase else { return None };
-        let age_max =
-            if repeatable { Config::UPSTREAM_IDLE_MS } else { Config::UPSTREAM_IDLE_UNREPEATABLE_MS };
-        if self.now - since > age_max {
-            return None;
-        }
-        upstream.idle.pop();
-        conn.reused = true;
-        Some(newest)
-    }
-
     /// The client's upstream stands: the head goes out, and what is buffered of the body after it.
     fn start_exchange(&mut self, id: SockId) {
         let Some(client) = self.socks.get(id).and_then(|sock| sock.peer) else { return };
@@ -249,47 +234,8 @@ impl Core {
         self.runnable.push_back(client);
     }
 
-    /// Puts a client into its route's queue; a full queue sheds its oldest.
-    fn hold(&mut self, client: SockId, key: RouteKey) {
-        let now = self.now;
-        let Some(wait) = self.wait_mut(client) else { return };
-        let since = wait.since;
-        (wait.queued, wait.since) = (true, Some(since.unwrap_or(now)));
-        let Some(route) = self.routes.get_mut(key) else { return };
-        match since {
-            // It has waited before, so it is older than whoever came meanwhile.
-            Some(since) => route.held.push_front((client, since)),
-            None => {
-                route.held_total += 1;
-                route.held.push_back((client, now));
-            }
-        }
-        // The first of them is an event; those that follow find it told already.
-        self.starved |= route.is_starving() && route.held.len() == 1;
-        let over = route.held.len() > route.limits.max_requests as usize;
-        let shed = if over { route.held.pop_front() } else { None };
-        if let Some((oldest, _)) = shed {
-            route.shed_total += 1;
-            if let Some(wait) = self.wait_mut(oldest) {
-                wait.queued = false;
-            }
-            self.give_up(oldest, Answer::HoldShed);
-        }
-        self.hold_tick_at.get_or_insert(now + Config::HOLD_TICK_MS);
-        self.touch(client);
-    }
-
-    fn pop_expired(&mut self, key: RouteKey) -> Option<SockId> {
-        let now = self.now;
-        let route = self.routes.get_mut(key)?;
-        let max_age_ms = route.limits.max_age_ms;
-        let (client, _) = route.held.pop_front_if(|(_, since)| now >= *since + max_age_ms)?;
-        route.expired_total += 1;
-        Some(client)
-    }
-
     /// Ends a client's wait without an upstream: an answer in HTTP, a reset in plain TCP.
-    fn give_up(&mut self, client: SockId, answer: Answer) {
+    pub(super) fn give_up(&mut self, client: SockId, answer: Answer) {
         match self.socks.get(client).map(|sock| &sock.role) {
             Some(Role::Http(_)) => self.answer(client, answer),
             Some(_) => {
@@ -299,46 +245,22 @@ impl Core {
             None => {}
         }
     }
+}
 
-    /// Returns an upstream connection to the pool, or closes it.
-    pub(super) fn park_upstream(&mut self, id: SockId, reusable: bool) {
-        let stopping = self.stopping;
-        let Some(sock) = self.socks.get_mut(id) else { return };
-        sock.peer = None;
-        sock.cautious = false;
-        let Role::Upstream(conn) = &mut sock.role else { return };
-        let Some(upstream) = self.upstreams.get_mut(conn.upstream) else { return };
-        let room = upstream.state == ShownState::Up && upstream.idle.len() < Config::IDLE_PER_UPSTREAM;
-        let healthy = !sock.read_closed && !sock.out_dead && sock.out.is_empty() && sock.finish == Finish::No;
-        conn.phase = UpPhase::Idle { since: self.now };
-        if reusable && room && healthy && !stopping {
-            upstream.idle.push(id);
-            self.touch(id);
-        } else {
-            self.discard_upstream(id, false);
-        }
+/// The balancer's word for a choice of nobody.
+pub(super) fn no_upstream(choice: Choice) -> Answer {
+    match choice {
+        Choice::NoUpstreams => Answer::NoUpstreams,
+        _ => Answer::AllDown,
     }
+}
 
-    /// Closes an upstream connection, whatever it was doing, and puts the upstream's counts right. Its
-    /// client, if any, is left to the caller.
-    pub(super) fn discard_upstream(&mut self, id: SockId, reset: bool) {
-        let Some(sock) = self.socks.remove(id) else { return };
-        self.out.push(Op::Close { sock: id, reset });
-        self.counters.upstream_connections_open -= 1;
-        let (key, phase) = match sock.role {
-            Role::Upstream(conn) => (conn.upstream, Some(conn.phase)),
-            Role::Tunnel { upstream: Some(key) } => (key, None),
-            _ => return,
-        };
-        let Some(upstream) = self.upstreams.get_mut(key) else { return };
-        match phase {
-            Some(UpPhase::Connecting { .. }) => upstream.connect_abandoned(),
-            Some(UpPhase::Idle { .. }) => upstream.idle.retain(|idle| *idle != id),
-            Some(UpPhase::Exchange(_)) => upstream.active_requests -= 1,
-            None => upstream.active_connections -= 1,
-        }
-        if upstream.state == ShownState::Removed {
-            self.upstreams.sweep();
-        }
-    }
+/// The value of a field in a head of our own making, one `Name: value` a line.
+fn field<'a>(head: &'a [u8], name: &str) -> Option<&'a [u8]> {
+    let mut lines = head.split(|b| *b == b'\n').skip(1);
+    lines.find_map(|line| {
+        let (found, value) = line.split_at_checked(name.len())?;
+        let value = value.strip_prefix(b":")?;
+        found.eq_ignore_ascii_case(name.as_bytes()).then(|| value.trim_ascii())
+    })
 }

@@ -18,6 +18,7 @@ use super::config::Config;
 use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
 use super::listen::Listen;
 use super::preface::Origin;
+use super::random::Random;
 use super::remarks::Remarks;
 use super::routes::Routes;
 use super::session::{Finish, Phase, Recv, Role, Sock};
@@ -43,6 +44,7 @@ pub struct Core {
     /// Something has become possible for held requests.
     pub(super) release_wanted: bool,
     pub(super) hold_tick_at: Option<Millis>,
+    pub(super) random: Random,
     /// A route has begun to starve.
     pub(super) starved: bool,
     /// Nothing more is accepted, and every response is a client's last.
@@ -78,7 +80,7 @@ pub struct Snapshot {
 
 impl Core {
     pub fn new(config: Config) -> Self {
-        Self { config, ..Self::default() }
+        Self { random: Random::new(config.seed), config, ..Self::default() }
     }
 
     /// Takes in one completion.

@@ -9,7 +9,8 @@
 //! | `session` | what is known of each socket; the state machines, drawn |
 //! | `client`, `upstream_side` | the two sides of an HTTP exchange |
 //! | `tunnel` | plain TCP and upgraded connections |
-//! | `dispatch` | finding an upstream, holding, retrying |
+//! | `dispatch`, `hold`, `pool` | finding an upstream, retrying; waiting for one; connections kept |
+//! | `choose` | which upstream is next: turns, load, two of many, consistent hash |
 //! | `settle` | operations and deadlines as functions of state |
 //! | `routes`, `upstreams` | the table as it runs: hold queues, load, reachability |
 //! | `activity` | how many each route serves, since when nobody, and who starves |
@@ -19,6 +20,7 @@
 //! | [`secure`] | TLS, of which the core sees only when it begins, what it proved, and its end |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
 //! | [`chunk`], [`outbox`] | bytes without copying, and what a slow peer may cost |
+//! | `random` | numbers that replay |
 //! | `slab`, `timers`, [`config`] | keys that go stale safely, lazy deadlines, every bound |
 //!
 //! What is absent: descriptors, system calls, clocks, threads, randomness. The same core runs behind the
@@ -27,16 +29,20 @@
 pub mod access;
 mod actions;
 mod activity;
+mod choose;
 pub mod chunk;
 mod client;
 pub mod config;
 mod dispatch;
 pub mod engine;
+mod hold;
 pub mod http;
 pub mod io;
 pub mod listen;
 pub mod outbox;
+mod pool;
 pub mod preface;
+mod random;
 mod remarks;
 mod routes;
 pub mod secure;

@@ -4,23 +4,23 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
 use super::actions::Reply;
+use super::choose::{Candidate, Chooser, Wanted, maglev_size_for};
 use super::io::{Millis, SockId};
-use super::slab::{RouteKey, Slab, UpstreamKey};
+use super::slab::{RouteKey, Slab};
 use super::upstreams::Upstreams;
 use crate::control::protocol::RouteStatus;
 use crate::table::actions::ALIAS_DEPTH_MAX;
 use crate::table::{
-    Action, HoldLimits, Match, Table, UpstreamState, normal_host, normal_pattern, normal_sni,
+    self, Action, Algorithm, HoldLimits, Match, Proxy, Table, UpstreamState, normal_host, normal_pattern,
+    normal_sni,
 };
 
 /// One route as the core runs it.
 #[derive(Debug)]
 pub struct Route {
     pub id: String,
-    /// The upstreams that may be given traffic; none when the route holds.
-    pub up: Vec<UpstreamKey>,
-    /// Whose turn it is among equals.
-    pub turn: usize,
+    /// Among whom it chooses, and how; nobody when the route holds.
+    pub chooser: Chooser,
     /// What it answers by itself, without any upstream.
     pub reply: Option<Rc<Reply>>,
     /// It is another route's name. Whoever waits at it has to look for a route again.
@@ -60,10 +60,34 @@ impl Route {
         }
     }
 
+    fn choose_among(&mut self, proxy: &Proxy, upstreams: &Upstreams, hashing_routes: usize) {
+        let candidate = |wanted: &table::Upstream| {
+            let key = upstreams.key(&wanted.id, &wanted.address)?;
+            Some(Candidate::new(key, wanted.weight, wanted.state == UpstreamState::Up))
+        };
+        let stays = proxy.upstreams.iter().filter(|upstream| upstream.state != UpstreamState::Draining);
+        let candidates: Vec<Candidate> = stays.filter_map(candidate).collect();
+        self.chooser.apply(Wanted {
+            algorithm: &proxy.algorithm,
+            all_down: proxy.all_down,
+            candidates,
+            named: !proxy.upstreams.is_empty(),
+            maglev_size: maglev_size_for(hashing_routes),
+        });
+    }
+
+    pub fn oldest_held(&self) -> Option<SockId> {
+        self.held.front().map(|(client, _)| *client)
+    }
+
     /// Whether it holds something and has nobody to give it to.
     pub fn is_starving(&self) -> bool {
-        self.up.is_empty() && self.reply.is_none() && !self.held.is_empty()
+        self.chooser.up_count() == 0 && self.reply.is_none() && !self.held.is_empty()
     }
+}
+
+fn hashes(route: &table::Route) -> bool {
+    matches!(&route.action, Action::Proxy(Proxy { algorithm: Algorithm::Hash(_), .. }))
 }
 
 /// What taking over a table led to.
@@ -170,6 +194,7 @@ impl Routes {
         self.hosts = Names::default();
         self.server_names = Names::default();
         self.ports.clear();
+        let hashing_routes = table.routes.iter().filter(|route| hashes(route)).count();
         for wanted in &table.routes {
             let slab = &mut self.slab;
             let key = old.remove(&wanted.id).unwrap_or_else(|| slab.insert(Route::new(&wanted.id, now)));
@@ -180,13 +205,10 @@ impl Routes {
             route.limits = HoldLimits { max_requests: limits.max_requests.div_ceil(threads), ..limits };
             let starving = route.is_starving();
             route.reply = Reply::of(&wanted.action);
-            route.up = match &wanted.action {
-                Action::Proxy(proxy) => {
-                    let up = proxy.upstreams.iter().filter(|upstream| upstream.state == UpstreamState::Up);
-                    up.filter_map(|upstream| upstreams.key(&upstream.id, &upstream.address)).collect()
-                }
-                _ => Vec::new(),
-            };
+            match &wanted.action {
+                Action::Proxy(proxy) => route.choose_among(proxy, upstreams, hashing_routes),
+                _ => route.chooser = Chooser::default(),
+            }
             starved |= route.is_starving() && !starving;
             route.is_alias = false;
             if let Action::Alias(alias) = &wanted.action {
@@ -235,8 +257,7 @@ impl Route {
     fn new(id: &str, now: Millis) -> Self {
         Self {
             id: id.to_owned(),
-            up: Vec::new(),
-            turn: 0,
+            chooser: Chooser::default(),
             reply: None,
             is_alias: false,
             limits: HoldLimits::default(),

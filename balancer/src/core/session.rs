@@ -99,6 +99,14 @@ pub struct Wait {
     pub since: Option<Millis>,
     /// In the route's hold queue now.
     pub queued: bool,
+    /// Connects that failed for it since it was last held.
+    pub tries: u8,
+}
+
+impl Wait {
+    pub fn at(route: RouteKey) -> Self {
+        Self { route, since: None, queued: false, tries: 0 }
+    }
 }
 
 /// A plain TCP client, until its upstream stands.

@@ -1,4 +1,4 @@
-//! The upstreams: what each is doing, whether it can be reached, and which of them is next.
+//! The upstreams: what each is doing, and whether it can be reached.
 //!
 //! ```text
 //!            a connect fails                 its turn has come
@@ -15,6 +15,7 @@ use std::collections::HashMap;
 
 use super::config::Config;
 use super::io::{Millis, SockId};
+use super::random;
 use super::slab::{Slab, UpstreamKey};
 use crate::control::protocol::{ShownState, UpstreamStatus};
 use crate::table::{Address, Table, UpstreamState};
@@ -37,6 +38,21 @@ pub struct Upstream {
     pub connections_total: u64,
     pub connect_errors_total: u64,
     pub request_errors_total: u64,
+}
+
+/// What may be asked of an upstream now, as far as facts go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It takes requests.
+    Ready,
+    /// It could not be reached, and it is time to try again.
+    Due,
+    /// It could not be reached; it is tried before its time only when there is nobody else.
+    LastResort,
+    /// As many connects to it are under way as may be.
+    Busy,
+    /// It could not be reached a moment ago, or somebody is trying right now.
+    Away,
 }
 
 /// Whether its last connect worked.
@@ -101,8 +117,31 @@ impl Upstream {
         matches!(self.reach, Reach::Lost { .. })
     }
 
-    fn load(&self) -> u64 {
+    /// Whether it can take a request.
+    pub fn standing(&self, now: Millis) -> Standing {
+        match self.reach {
+            Reach::Good if self.connecting >= Config::CONNECTING_MAX => Standing::Busy,
+            Reach::Good => Standing::Ready,
+            Reach::Lost { probing: true, .. } => Standing::Away,
+            Reach::Lost { tried_at, backoff_ms, .. } if now >= tried_at + backoff_ms => Standing::Due,
+            Reach::Lost { tried_at, .. } if now >= tried_at + Config::HOLD_TICK_MS => Standing::LastResort,
+            Reach::Lost { .. } => Standing::Away,
+        }
+    }
+
+    /// What it has under way.
+    pub fn load(&self) -> u64 {
         self.active_requests + self.active_connections + u64::from(self.connecting)
+    }
+
+    /// Connections to it, with or without something under way.
+    pub fn connections(&self) -> u64 {
+        self.load() + self.idle.len() as u64
+    }
+
+    /// A number made from its id alone, by which it keeps its place wherever and whenever it is known.
+    pub fn name_hash(&self) -> u64 {
+        random::hash(self.id.as_bytes())
     }
 
     fn is_busy(&self) -> bool {
@@ -191,36 +230,6 @@ impl Upstreams {
             }
             !gone
         });
-    }
-
-    /// Which of `candidates` gets the next request: the one with the least to do, taking turns from `turn`
-    /// on among equals; or a lost one whose time has come to be tried. `None` when none can take it now.
-    pub fn choose(&self, candidates: &[UpstreamKey], turn: &mut usize, now: Millis) -> Option<UpstreamKey> {
-        let mut best: Option<(u64, usize)> = None;
-        let mut last_resort = None;
-        for step in 0..candidates.len() {
-            let at = (*turn + step) % candidates.len();
-            let Some(upstream) = self.get(candidates[at]) else { continue };
-            match upstream.reach {
-                Reach::Good if upstream.connecting >= Config::CONNECTING_MAX => {}
-                Reach::Good => {
-                    if best.is_none_or(|(load, _)| upstream.load() < load) {
-                        best = Some((upstream.load(), at));
-                    }
-                }
-                Reach::Lost { probing: true, .. } => {}
-                Reach::Lost { tried_at, backoff_ms, .. } if now >= tried_at + backoff_ms => {
-                    return Some(candidates[at]);
-                }
-                Reach::Lost { tried_at, .. } if now >= tried_at + Config::HOLD_TICK_MS => {
-                    last_resort = Some(at);
-                }
-                Reach::Lost { .. } => {}
-            }
-        }
-        let at = best.map(|(_, at)| at).or(last_resort)?;
-        *turn = at + 1;
-        Some(candidates[at])
     }
 }
 

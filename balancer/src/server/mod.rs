@@ -22,7 +22,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signalfd::SignalFd;
 
 pub use self::say::{chain, log};
-use self::system::{connections_by_descriptors, watch_signals};
+use self::system::{connections_by_descriptors, random_seed, watch_signals};
 use crate::access_log::AccessLog;
 use crate::control::protocol::Request;
 use crate::control::server::{ControlServer, Reply};
@@ -121,6 +121,7 @@ impl Server {
         let config = Config {
             connections_max: connections_max.div_ceil(u64::from(threads)),
             threads,
+            seed: random_seed(),
             access_log: options.access_log.is_some(),
             ..options.config
         };

@@ -1,5 +1,7 @@
 //! What the process asks of the system for itself: signals as a descriptor, and how many descriptors it may have.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
+
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -14,6 +16,11 @@ pub fn watch_signals() -> nix::Result<SignalFd> {
     signals.add(Signal::SIGINT);
     signals.thread_block()?;
     SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+}
+
+/// Where choices that only have to look random start from: what the system gives a process for its hash maps.
+pub fn random_seed() -> u64 {
+    RandomState::new().build_hasher().finish()
 }
 
 /// A proxied connection needs two descriptors. The soft limit is raised to the hard one.

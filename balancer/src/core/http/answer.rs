@@ -23,6 +23,8 @@ pub enum Answer {
     NoRoutes,
     HoldShed,
     HoldExpired,
+    NoUpstreams,
+    AllDown,
     UpstreamDied,
     UpstreamBadResponse,
     UpstreamTimeout,
@@ -52,6 +54,8 @@ impl Answer {
             Answer::NoRoutes => &mut counters.no_routes,
             Answer::HoldShed => &mut counters.hold_shed,
             Answer::HoldExpired => &mut counters.hold_expired,
+            Answer::NoUpstreams => &mut counters.no_upstreams,
+            Answer::AllDown => &mut counters.all_down,
             Answer::UpstreamDied => &mut counters.upstream_died,
             Answer::UpstreamBadResponse => &mut counters.upstream_bad_response,
             Answer::UpstreamTimeout => &mut counters.upstream_timeout,
@@ -60,6 +64,7 @@ impl Answer {
 
     /// Every code there is: what a table's pages may be for.
     pub const CODES: &[&str] = &[
+        "all_down",
         "bad_chunk",
         "bad_request",
         "head_too_large",
@@ -69,6 +74,7 @@ impl Answer {
         "method_not_allowed",
         "misdirected",
         "no_routes",
+        "no_upstreams",
         "plain_http",
         "slow_body",
         "slow_head",
@@ -189,6 +195,18 @@ impl Answer {
                 "503 Service Unavailable",
                 "hold_expired",
                 "The app is busy and did not become ready in time. Retry in 5 seconds.\n",
+                "Retry-After: 5\r\n",
+            ),
+            Answer::NoUpstreams => (
+                "503 Service Unavailable",
+                "no_upstreams",
+                "The app has no instance. Retry in 5 seconds.\n",
+                "Retry-After: 5\r\n",
+            ),
+            Answer::AllDown => (
+                "503 Service Unavailable",
+                "all_down",
+                "No instance of the app can be reached or is healthy. Retry in 5 seconds.\n",
                 "Retry-After: 5\r\n",
             ),
             Answer::UpstreamDied => (

@@ -246,7 +246,7 @@ impl Origin {
 
 impl TcpClient {
     fn new(origin: Origin, route: RouteKey) -> Self {
-        let wait = Wait { route, since: None, queued: false };
+        let wait = Wait::at(route);
         Self { origin, server_name: None, wait, inbuf: Vec::new() }
     }
 }
