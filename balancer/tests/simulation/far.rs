@@ -33,6 +33,8 @@ pub enum Far {
 #[derive(Default)]
 pub struct StreamEnd {
     id: Option<u64>,
+    /// What comes before the stream itself has come.
+    begun: bool,
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
 }
@@ -50,12 +52,13 @@ impl StreamEnd {
         sizes.insert(id, (there, back));
         let mut outgoing = id.to_le_bytes().to_vec();
         outgoing.extend_from_slice(&pattern(id, there));
-        Self { id: Some(id), outgoing, incoming: Vec::new() }
+        Self { id: Some(id), begun: true, outgoing, incoming: Vec::new() }
     }
 
     /// An app learns which stream it is, and begins its own.
     fn learn(&mut self, sizes: &HashMap<u64, (usize, usize)>) {
-        if self.id.is_none()
+        if self.begun
+            && self.id.is_none()
             && let Some((first, _)) = self.incoming.split_first_chunk::<8>()
         {
             let id = u64::from_le_bytes(*first);
@@ -97,7 +100,9 @@ impl World {
     /// A new connection, in the queue of a listener.
     pub fn dial(&mut self, listener: usize, far: Far) {
         let window = 64 + self.rng.below(100_000) as usize;
-        self.conns.push((Conn { window, ..Conn::default() }, far));
+        let faulty = self.mode == Mode::Crashes;
+        let to_core = self.prefaces.first_words(&mut self.rng, listener, faulty);
+        self.conns.push((Conn { window, to_core, ..Conn::default() }, far));
         self.listeners[listener].queue.push_back(self.conns.len() - 1);
     }
 
@@ -166,6 +171,7 @@ impl World {
         }
         end.incoming.extend_from_slice(taken);
         if is_app {
+            end.begun = end.begun || self.prefaces.take_off(&mut end.incoming);
             end.learn(&self.stream_sizes);
         }
         if over {

@@ -12,6 +12,10 @@
 
 mod actors;
 mod far;
+#[path = "../common/hello.rs"]
+#[allow(dead_code, reason = "alerts are for those who read them")]
+mod hello;
+mod prefaces;
 mod secure;
 mod world;
 

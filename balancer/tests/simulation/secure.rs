@@ -25,10 +25,12 @@ pub fn end_of_stream(rng: &mut Rng, mode: Mode, tls: DoorTls) -> RecvEnd {
 }
 
 impl World {
-    pub fn start_tls(&mut self, id: SockId) {
+    /// What had been read already is the client's first of what is said over TLS.
+    pub fn start_tls(&mut self, id: SockId, said: &[u8]) {
         let sock = self.socks.get_mut(&id).expect("TLS on an open socket");
         assert!(sock.tls == DoorTls::Off && sock.recv.is_none() && !sock.trying, "TLS begins in the middle");
         sock.tls = DoorTls::Handshake;
+        self.conns[sock.conn].0.to_core.splice(..0, said.iter().copied());
     }
 
     pub fn end_tls(&mut self, id: SockId) {

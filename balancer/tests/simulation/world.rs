@@ -9,16 +9,16 @@ use epagent_balancer::core::chunk::{Chunk, SharedBuffer};
 use epagent_balancer::core::config::Config;
 use epagent_balancer::core::engine::Core;
 use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
-use epagent_balancer::core::listen::{Listen, Mode as Listening};
 use epagent_balancer::table::{Address, Table};
 
 use crate::actors::{AppConn, Client, PAGE, Rng, take_front};
 use crate::far::{Conn, Far, StreamEnd};
+use crate::prefaces::Prefaces;
 use crate::secure::{self, DoorTls};
 
-const HTTP: usize = 0;
+pub const HTTP: usize = 0;
 const TCP: usize = 1;
-const TCP_PORT: u16 = 5432;
+pub const TCP_PORT: u16 = 5432;
 const APPS: usize = 4;
 const CLIENTS: usize = 8;
 const STREAMS: usize = 4;
@@ -98,6 +98,7 @@ pub struct World {
     traced: bool,
     /// How much each stream carries: from the client, and back.
     pub stream_sizes: HashMap<u64, (usize, usize)>,
+    pub prefaces: Prefaces,
     /// How many requests have been noted for the access log.
     noted: u64,
 }
@@ -119,6 +120,7 @@ impl World {
         ];
         let clients = (0..CLIENTS).map(|n| Client::new(&mut rng, 100 * n as u64, &hosts)).collect();
         let config = Config { connections_max: 1 + rng.below(12), access_log: true, ..Config::default() };
+        let prefaces = Prefaces::new(&mut rng);
         let mut world = Self {
             rng,
             mode,
@@ -138,6 +140,7 @@ impl World {
             live: Rc::default(),
             served: HashMap::new(),
             stream_sizes: HashMap::new(),
+            prefaces,
             noted: 0,
             traced: std::env::var_os("SIMULATION_TRACE").is_some(),
         };
@@ -226,9 +229,10 @@ impl World {
 
     fn begin(&mut self) {
         self.push_table();
-        for (listener, mode) in [(HTTP, Listening::Http), (TCP, Listening::Tcp { port: TCP_PORT })] {
-            let listen = Listen { tls: self.rng.one_in(2), ..Listen::plain(mode) };
-            self.core.add_listener(ListenerId(listener as u32), listen, None);
+        for listener in [HTTP, TCP] {
+            let listen = self.prefaces.listen(&mut self.rng, listener);
+            let local = SocketAddr::from(([198, 51, 100, 1], 80));
+            self.core.add_listener(ListenerId(listener as u32), listen, Some(local));
         }
     }
 
@@ -265,10 +269,14 @@ impl World {
               {{"id":"e","match":{{"host":"empty.example"}},"action":{{"empty":{{"status":410}}}}}},
               {{"id":"b","match":{{"host":"b.example"}},"action":{proxy}}},
               {{"id":"w","match":{{"host":"*.wild.example"}},"action":{proxy}}},
-              {{"id":"t","match":{{"port":{TCP_PORT}}},"action":{}}}]}}"#,
+              {{"id":"t","match":{},"action":{}}}]}}"#,
             self.version,
+            self.prefaces.stream_match(),
             // The same instances listen for streams at addresses of their own.
-            action.replace("10.0.0.", "10.0.1.").replace("\"id\":\"app", "\"id\":\"stream")
+            action
+                .replace("10.0.0.", "10.0.1.")
+                .replace("\"id\":\"app", "\"id\":\"stream")
+                .replace("\"state\"", &format!("\"proxy_protocol\":{},\"state\"", self.prefaces.told))
         );
         let table: Table = serde_json::from_str(&text).expect("a table");
         table.validate().expect("a valid table");
@@ -460,7 +468,7 @@ impl World {
                 sock.stopping = sock.recv.is_some();
             }
             Op::Send { sock, chunks, wait } => self.send(sock, chunks, wait),
-            Op::StartTls { sock, .. } => self.start_tls(sock),
+            Op::StartTls { sock, said, .. } => self.start_tls(sock, &said),
             Op::EndTls { sock } => self.end_tls(sock),
             Op::ShutdownWrite { sock } => {
                 let sock = &self.socks[&sock];
