@@ -15,6 +15,8 @@ mod deploy;
 mod hold;
 #[path = "http.rs"]
 mod http;
+#[path = "preface.rs"]
+mod preface;
 #[path = "process.rs"]
 mod process;
 #[path = "tcp.rs"]
