@@ -13,6 +13,7 @@ use nix::sys::eventfd::EventFd;
 use crate::access_log::AccessLog;
 use crate::core::config::Config;
 use crate::core::engine::{Core, Snapshot};
+use crate::core::histogram::Micros;
 use crate::core::io::{ListenerId, Millis};
 use crate::core::listen::Listen;
 use crate::door::Door;
@@ -33,7 +34,11 @@ pub enum Command {
         socket: Arc<OwnedFd>,
     },
     RemoveListener(ListenerId),
-    Status(Sender<Snapshot>),
+    /// What it has counted; with `latency` also how long things took.
+    Status {
+        latency: bool,
+        reply: Sender<Snapshot>,
+    },
     /// Which routes starve.
     Starving(Sender<Vec<String>>),
     /// Accept nothing more, finish what is under way, give idle clients their usual time, then end.
@@ -150,12 +155,15 @@ fn run(
     remarks: &SyncSender<String>,
 ) -> io::Result<()> {
     let start = Instant::now();
-    let now = || start.elapsed().as_millis() as Millis;
+    let clock = || start.elapsed().as_micros() as Micros;
     let mut completions = Vec::new();
     while !core.is_finished() {
-        let timeout = core.next_deadline().map(|at| Duration::from_millis(at.saturating_sub(now())));
+        let timeout =
+            core.next_deadline().map(|at| Duration::from_millis(at.saturating_sub(clock() / 1_000)));
         door.wait(timeout, &mut completions)?;
-        let now = now();
+        let now_us = clock();
+        let now: Millis = now_us / 1_000;
+        core.tick(now_us);
         for completion in completions.drain(..) {
             core.handle(now, completion);
         }
@@ -195,8 +203,8 @@ fn obey(command: Command, core: &mut Core, door: &mut impl Door, now: Millis) {
             core.remove_listener(id);
             door.remove_listener(id);
         }
-        Command::Status(reply) => {
-            let _ = reply.send(core.snapshot(now));
+        Command::Status { latency, reply } => {
+            let _ = reply.send(core.snapshot(now, latency));
         }
         Command::Starving(reply) => {
             let _ = reply.send(core.starving());

@@ -303,7 +303,7 @@ fn the_access_log_tells_what_became_of_each_request() {
     });
     let fact = |n: usize, key: &str| lines[n][key].as_str().unwrap_or_default().to_owned();
     assert_eq!((fact(0, "outcome"), fact(0, "upstream")), ("answered".into(), "a".into()));
-    assert_eq!((fact(0, "request"), fact(0, "client")), ("GET /x?y".into(), "127.0.0.1".into()));
+    assert_eq!((fact(0, "target"), fact(0, "client")), ("/x?y".into(), "127.0.0.1".into()));
     assert_eq!((fact(1, "outcome"), lines[1]["status"].as_u64()), ("unknown_host".into(), Some(404)));
     assert_eq!((fact(2, "outcome"), lines[2]["status"].as_u64()), ("bad_request".into(), Some(400)));
 }

@@ -58,7 +58,12 @@ impl Client {
 
     /// Asks for the state of things.
     pub fn status(&mut self) -> Result<Status, ClientError> {
-        match self.request(&Request::Status(StatusQuery {}))? {
+        self.status_with(StatusQuery::default())
+    }
+
+    /// Asks for the state of things, and how long they took.
+    pub fn status_with(&mut self, query: StatusQuery) -> Result<Status, ClientError> {
+        match self.request(&Request::Status(query))? {
             Response::Status(status) => Ok(*status),
             Response::Error(error) => Err(ClientError::Refused(error)),
             _ => Err(ClientError::Mismatch),

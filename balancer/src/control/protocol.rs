@@ -13,6 +13,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::traffic::{Ends, Latency, Responses, add_some};
+use crate::core::histogram::Histogram;
 use crate::doors::Io;
 use crate::table::{Address, Table, UpstreamState};
 
@@ -34,10 +36,18 @@ pub enum Request {
     Wait(WaitQuery),
 }
 
-/// `status` takes no arguments.
+/// What of the status is wanted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct StatusQuery {}
+pub struct StatusQuery {
+    /// Also the histograms of routes and upstreams, which are many numbers.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub latency: bool,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
 
 /// Waits for a route that holds something and has no upstream that is up: an app that is stopped while
 /// nobody uses it is wanted again.
@@ -164,6 +174,21 @@ pub struct RouteStatus {
     pub hold_shed_total: u64,
     /// Answered 503 because they were held for `max_age_ms`.
     pub hold_expired_total: u64,
+    /// How they ended. An alias's are those of the route it leads to.
+    #[serde(default)]
+    pub ends: Ends,
+    /// What clients were answered.
+    #[serde(default)]
+    pub responses: Responses,
+    /// From clients, head and framing included, also of what has not ended.
+    #[serde(default)]
+    pub bytes_in_total: u64,
+    /// To clients, also of what has not ended.
+    #[serde(default)]
+    pub bytes_out_total: u64,
+    /// Only when asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency: Option<Latency>,
 }
 
 /// The state of an upstream as status shows it.
@@ -208,6 +233,12 @@ pub struct UpstreamStatus {
     pub request_errors_total: u64,
     /// The last connect failed; it is tried again every 50 ms, by one request at a time.
     pub unreachable: bool,
+    /// What clients were answered that were last given to it.
+    #[serde(default)]
+    pub responses: Responses,
+    /// From being given a request or connection to the first byte. Only when asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_byte: Option<Histogram>,
 }
 
 impl RouteStatus {
@@ -222,6 +253,11 @@ impl RouteStatus {
         self.held_total += other.held_total;
         self.hold_shed_total += other.hold_shed_total;
         self.hold_expired_total += other.hold_expired_total;
+        self.ends.add(&other.ends);
+        self.responses.add(&other.responses);
+        self.bytes_in_total += other.bytes_in_total;
+        self.bytes_out_total += other.bytes_out_total;
+        add_some(&mut self.latency, &other.latency, Latency::add);
     }
 }
 
@@ -236,6 +272,8 @@ impl UpstreamStatus {
         self.connect_errors_total += other.connect_errors_total;
         self.request_errors_total += other.request_errors_total;
         self.unreachable |= other.unreachable;
+        self.responses.add(&other.responses);
+        add_some(&mut self.first_byte, &other.first_byte, Histogram::add);
     }
 }
 

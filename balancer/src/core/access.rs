@@ -1,86 +1,105 @@
-//! What is remembered of each request for the access log, when there is one.
+//! What the access log is told of each request and plain connection, when there is a log.
 //!
-//! Every request that is counted in `requests`, and every refusal, is noted exactly once, when it ends; so
-//! the log reconciles with the counters.
+//! Each is told exactly once, when it ends, from the values that are counted; so the log reconciles with the
+//! counters. What never became a request (a refused head) is told too.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use serde::Serialize;
 
 use super::engine::Core;
-use super::io::{Millis, SockId};
-use super::session::{Request, Role, Sock, Stage, UpPhase};
-use super::slab::UpstreamKey;
+use super::flow::{Flow, Outcome};
+use super::histogram::Micros;
+use super::session::Request;
 
-/// One request and what became of it.
+/// One request or connection and what became of it.
 #[derive(Debug, Clone, Serialize)]
 pub struct Access {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client: Option<IpAddr>,
+    /// Absent of plain connections and of refused heads.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub method: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub target: String,
+    /// Of a plain connection, the server name it was routed by.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub host: String,
-    /// Method and target; empty when the head was refused.
-    pub request: String,
-    /// Absent when the client was sent none.
+    /// Absent when no route takes it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub status: Option<u16>,
-    /// `answered`, `upgraded`, `cut` (the app died in the middle), `aborted` (the client did), or the code
-    /// of the balancer's own answer.
-    pub outcome: &'static str,
+    pub route: Option<String>,
     /// The instance that had it last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub upstream: Option<String>,
-    /// From its head being complete to its end.
-    pub duration_ms: Millis,
-    /// Whether it was held on the way.
-    pub held: bool,
+    /// Absent when the client was sent none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    /// `answered`, `upgraded`, `closed` (a plain connection, by both sides), `cut` (the app died in the
+    /// middle), `aborted` (the client did), `idle`, what the route did itself (`static`, `redirect`, `empty`),
+    /// the code of the balancer's own answer, or why it was turned away before anything was understood
+    /// (`unrouted`, `tls_not_tls`, `hello_refused` and the like).
+    pub outcome: &'static str,
+    /// From the client, head and framing included.
+    pub bytes_in: u64,
+    /// To the client.
+    pub bytes_out: u64,
+    /// From the head being complete (a connection: from accepting) to the end.
+    pub duration_us: Micros,
+    /// From being given to the upstream to its first byte.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttfb_us: Option<Micros>,
+    /// In the hold queue, if it was held.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_us: Option<Micros>,
 }
 
 impl Core {
-    /// Notes a request's end.
-    pub(super) fn note(
+    pub(super) fn log_flow(
         &mut self,
-        client: Option<SocketAddr>,
+        flow: &mut Flow,
         request: Option<&Request>,
-        outcome: &'static str,
-        status: Option<u16>,
-        upstream: Option<UpstreamKey>,
+        outcome: Outcome,
+        duration_us: Micros,
     ) {
-        if !self.config.access_log {
-            return;
-        }
-        let upstream = upstream.and_then(|key| self.upstreams.get(key)).map(|upstream| upstream.id.clone());
+        let line = match flow.line.take() {
+            Some(line) => *line,
+            None => self.describe(flow, request),
+        };
         self.access.push(Access {
-            client: client.map(|client| client.ip().to_canonical()),
-            host: request.map(|request| request.host.clone()).unwrap_or_default(),
-            request: request.map(Request::line).unwrap_or_default(),
-            status,
-            outcome,
-            upstream,
-            duration_ms: request.map_or(0, |request| self.now.saturating_sub(request.began_at)),
-            held: request.is_some_and(|request| request.wait.since.is_some()),
+            status: flow.status,
+            outcome: outcome.code(),
+            bytes_in: flow.bytes_in,
+            bytes_out: flow.bytes_out,
+            duration_us,
+            ttfb_us: flow.first_byte_us,
+            held_us: flow.held_us,
+            ..line
         });
     }
 
-    /// Notes that a client's request ended before its answer did.
-    pub(super) fn note_broken(&mut self, client: SockId, outcome: &'static str) {
-        let Some(sock) = self.socks.get_mut(client).filter(|_| self.config.access_log) else { return };
-        let peer = sock.peer;
-        let Some((address, request)) =
-            sock.http().and_then(|http| Some((http.address, http.request.take()?)))
-        else {
-            return;
-        };
-        let (status, upstream) = match peer.and_then(|peer| self.socks.get(peer)).map(|peer| &peer.role) {
-            Some(Role::Upstream(conn)) => match &conn.phase {
-                UpPhase::Exchange(exchange) => (exchange.status(), Some(conn.upstream)),
-                _ => (None, Some(conn.upstream)),
+    /// What is known of one before it has ended.
+    pub(super) fn describe(&self, flow: &Flow, request: Option<&Request>) -> Access {
+        let shown = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Access {
+            client: flow.address.map(|address| address.ip().to_canonical()),
+            method: request.map(|request| shown(request.method())).unwrap_or_default(),
+            target: request.map(|request| shown(request.target())).unwrap_or_default(),
+            host: match request {
+                Some(request) => request.host.clone(),
+                None => flow.host.as_deref().unwrap_or_default().to_owned(),
             },
-            _ => (None, None),
-        };
-        self.note(address, Some(&request), outcome, status, upstream);
-        // Put back: what is left to do with the client may ask for it.
-        if let Some(http) = self.socks.get_mut(client).and_then(Sock::http) {
-            http.request = Some(request);
+            route: self.routes.get(flow.route).map(|route| route.id.clone()),
+            upstream: flow
+                .upstream
+                .and_then(|key| self.upstreams.get(key))
+                .map(|upstream| upstream.id.clone()),
+            status: None,
+            outcome: "",
+            bytes_in: 0,
+            bytes_out: 0,
+            duration_us: 0,
+            ttfb_us: None,
+            held_us: None,
         }
     }
 
@@ -96,24 +115,12 @@ impl Core {
 }
 
 impl Request {
-    /// Method and target.
-    fn line(&self) -> String {
-        let line = self.forward.split(|b| *b == b'\r').next().unwrap_or_default();
-        let line = line.strip_suffix(b" HTTP/1.1").unwrap_or(line);
-        String::from_utf8_lossy(line).into_owned()
+    pub fn method(&self) -> &[u8] {
+        self.forward.split(|b| *b == b' ').next().unwrap_or_default()
     }
 
     /// Path and query, as they are sent upstream.
     pub fn target(&self) -> &[u8] {
         self.forward.split(|b| *b == b' ').nth(1).unwrap_or_default()
-    }
-}
-
-impl super::session::Exchange {
-    fn status(&self) -> Option<u16> {
-        match self.stage {
-            Stage::Head => None,
-            Stage::Body { status, .. } => Some(status),
-        }
     }
 }

@@ -19,6 +19,7 @@ use super::chunk::Chunk;
 use super::client::Step;
 use super::config::Config;
 use super::engine::Core;
+use super::flow::Outcome;
 use super::http::answer::Answer;
 use super::http::body::Body;
 use super::io::SockId;
@@ -67,12 +68,12 @@ impl Reply {
     }
 
     /// What the log calls it.
-    fn outcome(&self) -> &'static str {
+    fn outcome(&self) -> Outcome {
         match self {
-            Reply::Page { .. } => "static",
-            Reply::Redirect { .. } => "redirect",
-            Reply::Empty { .. } => "empty",
-            Reply::Own(answer) => answer.code(),
+            Reply::Page { .. } => Outcome::Page("static"),
+            Reply::Redirect { .. } => Outcome::Page("redirect"),
+            Reply::Empty { .. } => Outcome::Page("empty"),
+            Reply::Own(answer) => Outcome::Own(*answer),
         }
     }
 
@@ -168,7 +169,7 @@ impl Core {
         }) else {
             // Plain TCP, held for a route that has become one for HTTP.
             self.counters.tcp_unrouted += 1;
-            return self.close_client(id, true);
+            return self.end_client(id, true, Outcome::Refused("unrouted"));
         };
         let now_or_never = match request.body {
             _ if request.expects => true,
@@ -192,9 +193,12 @@ impl Core {
             self.answer(id, Answer::BadChunk);
             return Step::Over;
         };
-        request.dropped_bytes += used as u64;
+        request.flow.bytes_in += used as u64;
         let done = request.body.is_done();
-        if !done && request.dropped_bytes <= Config::DROPPED_BYTES_MAX {
+        // An announced length has been judged already.
+        let bearable =
+            matches!(request.body, Body::Length(_)) || request.flow.bytes_in <= Config::DROPPED_BYTES_MAX;
+        if !done && bearable {
             return Step::Used(used);
         }
         self.give_reply(id);

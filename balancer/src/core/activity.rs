@@ -23,6 +23,9 @@ impl Core {
         let Some(route) = self.routes.get_mut(key) else { return };
         route.active += 1;
         sock.on_route = Some(key);
+        if let Some(flow) = sock.flow_mut() {
+            flow.route = key;
+        }
     }
 
     /// What the client wanted of its route is over.

@@ -3,6 +3,7 @@
 use super::chunk::Chunk;
 use super::config::Config;
 use super::engine::Core;
+use super::flow::{Flow, Outcome};
 use super::http::answer::Answer;
 use super::http::head::{self, Scan, Version};
 use super::http::request;
@@ -54,7 +55,7 @@ impl Core {
     pub(super) fn answer(&mut self, id: SockId, answer: Answer) {
         *answer.counter(&mut self.counters) += 1;
         let page = self.pages.get(answer.code()).cloned();
-        self.respond(id, answer.code(), answer.status(), |request, keep_alive| {
+        self.respond(id, Outcome::Own(answer), answer.status(), |request, keep_alive| {
             let is_head = request.is_some_and(|request| request.is_head);
             (answer.write(is_head, keep_alive, page.as_deref()), Chunk::owned(Vec::new()))
         });
@@ -64,12 +65,12 @@ impl Core {
     pub(super) fn respond(
         &mut self,
         id: SockId,
-        outcome: &'static str,
+        outcome: Outcome,
         status: u16,
         write: impl FnOnce(Option<&Request>, bool) -> (Vec<u8>, Chunk),
     ) {
         self.leave_route(id);
-        let (now, stopping) = (self.now, self.stopping);
+        let (now, now_us, stopping) = (self.now, self.now_us(), self.stopping);
         let Some(sock) = self.socks.get_mut(id) else { return };
         let Some(http) = sock.http() else { return };
         let request = http.request.take();
@@ -87,9 +88,15 @@ impl Core {
             sock.finish = Finish::Linger { until: None };
         }
         let (head, body) = write(request.as_ref(), keep_alive);
+        let mut flow = match &request {
+            Some(request) => request.flow.clone(),
+            None => Flow::new(address, now_us),
+        };
+        flow.status = Some(status);
+        flow.bytes_out += (head.len() + body.len()) as u64;
         sock.push(now, Chunk::owned(head));
         sock.push(now, body);
-        self.note(address, request.as_ref(), outcome, Some(status), None);
+        self.end_flow(flow, request.as_ref(), outcome);
         self.touch(id);
         self.runnable.push_back(id);
     }
@@ -101,18 +108,38 @@ impl Core {
         };
         if matches!(http.phase, Phase::Waiting | Phase::Exchange | Phase::Dropping) {
             self.counters.client_aborted += 1;
-            self.note_broken(id, "aborted");
         }
-        self.close_client(id, true);
+        self.end_client(id, true, Outcome::Aborted);
     }
 
     /// Closes a client, and whatever an upstream was doing for it.
     pub(super) fn close_client(&mut self, id: SockId, reset: bool) {
+        self.end_client(id, reset, if reset { Outcome::Aborted } else { Outcome::Closed });
+    }
+
+    /// Closes a client; what it was being served, if anything, ended like this.
+    pub(super) fn end_client(&mut self, id: SockId, reset: bool, outcome: Outcome) {
         self.unhold(id);
         self.leave_route(id);
         let Some(sock) = self.socks.remove(id) else { return };
         self.out.push(Op::Close { sock: id, reset });
         self.counters.connections_open -= 1;
+        match sock.role {
+            Role::Http(http) => {
+                if let Some(request) = http.request {
+                    self.end_flow(request.flow.clone(), Some(&request), outcome);
+                }
+            }
+            Role::Tcp(tcp) => {
+                let flow = Flow { host: tcp.server_name, ..tcp.flow };
+                self.end_flow(flow, None, outcome);
+            }
+            Role::Tunnel { flow: Some(flow), .. } => {
+                let done = flow.upgraded && outcome == Outcome::Closed;
+                self.end_flow(*flow, None, if done { Outcome::Upgraded } else { outcome });
+            }
+            Role::Tunnel { flow: None, .. } | Role::Preface(_) | Role::Upstream(_) => {}
+        }
         if let Some(upstream) = sock.peer {
             self.discard_upstream(upstream, true);
         }
@@ -137,7 +164,7 @@ impl Core {
         let peer = address.map(|address| address.ip());
         let judged = head::parse_request(&chunk[start..end]).and_then(|head| request::plan(&head, peer));
         match judged {
-            Ok(plan) => self.begin(id, plan),
+            Ok(plan) => self.begin(id, plan, end - start),
             Err(error) => return self.refuse(id, Answer::Refused(error)),
         }
         Step::Used(end)
@@ -149,17 +176,19 @@ impl Core {
     }
 
     /// A request was understood: find its route and an upstream.
-    fn begin(&mut self, id: SockId, plan: request::RequestPlan) {
+    fn begin(&mut self, id: SockId, plan: request::RequestPlan, head_bytes: usize) {
         self.counters.requests += 1;
         let route = self.routes.by_host(&plan.host);
         let has_hosts = self.routes.has_hosts();
-        let now = self.now;
+        let now_us = self.now_us();
         let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return };
         http.requests += 1;
         http.phase = Phase::Waiting;
         // A key that no route has stands for none until the answer below is given.
         let wait = Wait::at(route.unwrap_or(super::slab::RouteKey::NONE));
+        let flow = Flow { bytes_in: head_bytes as u64, ..Flow::new(http.address, now_us) };
         http.request = Some(Request {
+            flow,
             wait,
             host: plan.host,
             forward: Chunk::owned(plan.forward),
@@ -172,8 +201,6 @@ impl Core {
             fresh_only: false,
             expects: plan.expects,
             reply: None,
-            dropped_bytes: 0,
-            began_at: now,
         });
         let misdirected = http.is_misdirected();
         match route {
@@ -194,6 +221,7 @@ impl Core {
         let Some(request) = sock.http().and_then(|http| http.request.as_mut()) else { return Step::Over };
         match request.body.feed(chunk, None) {
             Ok(used) => {
+                request.flow.bytes_in += used as u64;
                 let now = self.now;
                 if let Some(upstream) = self.socks.get_mut(upstream) {
                     upstream.push(now, chunk.slice(0..used));
@@ -224,8 +252,7 @@ impl Core {
             self.answer(client, answer);
         } else {
             *answer.counter(&mut self.counters) += 1;
-            self.note_broken(client, answer.code());
-            self.close_client(client, true);
+            self.end_client(client, true, Outcome::Own(answer));
         }
     }
 }

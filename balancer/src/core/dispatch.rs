@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use super::choose::{Ask, Choice};
 use super::config::Config;
 use super::engine::Core;
+use super::flow::Outcome;
 use super::http::answer::Answer;
 use super::io::{Errno, Op, SockId};
 use super::listen::Mode;
@@ -73,7 +74,7 @@ impl Core {
             }
             None if is_tcp => {
                 self.counters.tcp_unrouted += 1;
-                self.close_client(client, true);
+                self.end_client(client, true, Outcome::Refused("unrouted"));
             }
             None if self.routes.has_hosts() => self.answer(client, Answer::UnknownHost),
             None => self.answer(client, Answer::NoRoutes),
@@ -215,15 +216,19 @@ impl Core {
 
     /// The client's upstream stands: the head goes out, and what is buffered of the body after it.
     fn start_exchange(&mut self, id: SockId) {
-        let Some(client) = self.socks.get(id).and_then(|sock| sock.peer) else { return };
+        let now_us = self.now_us();
+        let Some(Sock { peer: Some(client), role: Role::Upstream(conn), .. }) = self.socks.get(id) else {
+            return;
+        };
+        let (client, key) = (*client, conn.upstream);
         let Some(http) = self.socks.get_mut(client).and_then(Sock::http) else { return };
-        let Some(request) = &http.request else { return };
+        let Some(request) = http.request.as_mut() else { return };
         let head = request.forward.clone();
         http.phase = Phase::Exchange;
+        request.flow.given(now_us, key);
         let Some(sock) = self.socks.get_mut(id) else { return };
         let Role::Upstream(conn) = &mut sock.role else { return };
         conn.phase = UpPhase::Exchange(Box::default());
-        let key = conn.upstream;
         sock.moved_at = self.now;
         sock.push(self.now, head);
         if let Some(upstream) = self.upstreams.get_mut(key) {
@@ -240,7 +245,7 @@ impl Core {
             Some(Role::Http(_)) => self.answer(client, answer),
             Some(_) => {
                 *answer.counter(&mut self.counters) += 1;
-                self.close_client(client, true);
+                self.end_client(client, true, Outcome::Own(answer));
             }
             None => {}
         }

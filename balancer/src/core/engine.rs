@@ -15,14 +15,15 @@ use std::rc::Rc;
 use super::access::Access;
 use super::chunk::Chunk;
 use super::config::Config;
+use super::histogram::Micros;
 use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
 use super::listen::Listen;
 use super::preface::Origin;
 use super::random::Random;
 use super::remarks::Remarks;
-use super::routes::Routes;
+use super::routes::{Route, Routes};
 use super::session::{Finish, Phase, Recv, Role, Sock};
-use super::slab::Slab;
+use super::slab::{RouteKey, Slab};
 use super::timers::Timers;
 use super::upstreams::Upstreams;
 use crate::control::protocol::{Counters, RouteStatus, UpstreamStatus};
@@ -34,6 +35,8 @@ use crate::table::actions::Page;
 pub struct Core {
     pub(super) config: Config,
     pub(super) now: Millis,
+    /// As [`Core::tick`] set it.
+    pub(super) now_us: Micros,
     pub(super) socks: Slab<SockId, Sock>,
     pub(super) routes: Routes,
     pub(super) upstreams: Upstreams,
@@ -209,10 +212,23 @@ impl Core {
         self.socks.len()
     }
 
-    pub fn snapshot(&self, now: Millis) -> Snapshot {
+    /// What has been counted, and with `latency` how long it took.
+    pub fn snapshot(&self, now: Millis, latency: bool) -> Snapshot {
+        let mut under_way: HashMap<RouteKey, (u64, u64)> = HashMap::new();
+        for flow in self.socks.iter().filter_map(|(_, sock)| sock.flow()) {
+            let bytes = under_way.entry(flow.route).or_default();
+            *bytes = (bytes.0 + flow.bytes_in, bytes.1 + flow.bytes_out);
+        }
+        let route = |(key, route): (RouteKey, &Route)| {
+            let mut status = route.status(now, latency);
+            let (bytes_in, bytes_out) = under_way.get(&key).copied().unwrap_or_default();
+            status.bytes_in_total += bytes_in;
+            status.bytes_out_total += bytes_out;
+            status
+        };
         Snapshot {
-            routes: self.routes.iter().map(|route| route.status(now)).collect(),
-            upstreams: self.upstreams.iter().map(|upstream| upstream.status()).collect(),
+            routes: self.routes.entries().map(route).collect(),
+            upstreams: self.upstreams.iter().map(|upstream| upstream.status(latency)).collect(),
             counters: self.counters.clone(),
         }
     }
@@ -239,6 +255,7 @@ impl Core {
         };
         let Some(role) = self.first_role(origin) else {
             self.counters.tcp_unrouted += 1;
+            self.turn_away(peer, "unrouted");
             return self.out.push(Op::Refuse { raw });
         };
         let sock = self.socks.insert(Sock::new(role, None, self.now));
@@ -299,7 +316,10 @@ impl Core {
         match &mut sock.role {
             _ if matches!(sock.finish, Finish::Linger { .. } | Finish::Close) => {}
             Role::Http(_) => self.client_input(id, Some(chunk)),
-            Role::Tcp(tcp) => tcp.inbuf.extend_from_slice(&chunk),
+            Role::Tcp(tcp) => {
+                tcp.flow.bytes_in += bytes;
+                tcp.inbuf.extend_from_slice(&chunk);
+            }
             Role::Preface(preface) => preface.inbuf.extend_from_slice(&chunk),
             Role::Upstream(_) => self.upstream_input(id, chunk),
             Role::Tunnel { .. } => self.tunnel_input(id, chunk),

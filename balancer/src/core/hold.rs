@@ -20,7 +20,7 @@ use super::engine::Core;
 use super::http::answer::Answer;
 use super::io::SockId;
 use super::routes::Route;
-use super::session::Wait;
+use super::session::{Sock, Wait};
 use super::slab::RouteKey;
 
 impl Core {
@@ -69,6 +69,10 @@ impl Core {
     /// Puts a client into its route's queue; a full queue sheds its oldest.
     pub(super) fn hold(&mut self, client: SockId, key: RouteKey) {
         let now = self.now;
+        let now_us = self.now_us();
+        if let Some(flow) = self.socks.get_mut(client).and_then(Sock::flow_mut) {
+            flow.held(now_us);
+        }
         let Some(wait) = self.wait_mut(client) else { return };
         let since = wait.since;
         *wait = Wait { queued: true, since: Some(since.unwrap_or(now)), tries: 0, ..*wait };

@@ -16,8 +16,9 @@
 //! | `activity` | how many each route serves, since when nobody, and who starves |
 //! | `actions` | routes that answer by themselves |
 //! | `remarks` | what an operator should see in the log |
-//! | [`access`] | what the access log is told |
 //! | [`secure`] | TLS, of which the core sees only when it begins, what it proved, and its end |
+//! | `flow`, [`access`] | one request from its beginning to its end, and what the log is told of it |
+//! | [`histogram`] | how long things took |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
 //! | [`chunk`], [`outbox`] | bytes without copying, and what a slow peer may cost |
 //! | `random` | numbers that replay |
@@ -35,6 +36,8 @@ mod client;
 pub mod config;
 mod dispatch;
 pub mod engine;
+mod flow;
+pub mod histogram;
 mod hold;
 pub mod http;
 pub mod io;

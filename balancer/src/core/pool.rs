@@ -56,7 +56,7 @@ impl Core {
         self.counters.upstream_connections_open -= 1;
         let (key, phase) = match sock.role {
             Role::Upstream(conn) => (conn.upstream, Some(conn.phase)),
-            Role::Tunnel { upstream: Some(key) } => (key, None),
+            Role::Tunnel { upstream: Some(key), .. } => (key, None),
             _ => return,
         };
         let Some(upstream) = self.upstreams.get_mut(key) else { return };

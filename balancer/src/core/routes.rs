@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use super::actions::Reply;
 use super::choose::{Candidate, Chooser, Wanted, maglev_size_for};
+use super::flow::Carried;
 use super::io::{Millis, SockId};
 use super::slab::{RouteKey, Slab};
 use super::upstreams::Upstreams;
@@ -33,6 +34,8 @@ pub struct Route {
     pub active: u64,
     /// When the last one ended, or when the route was made.
     pub left_at: Millis,
+    /// What has ended.
+    pub carried: Carried,
     pub requests_total: u64,
     pub held_total: u64,
     pub shed_total: u64,
@@ -46,7 +49,7 @@ impl Route {
         self.held.pop_front().map(|(client, _)| (client, reply))
     }
 
-    pub fn status(&self, now: Millis) -> RouteStatus {
+    pub fn status(&self, now: Millis, latency: bool) -> RouteStatus {
         RouteStatus {
             id: self.id.clone(),
             active: self.active,
@@ -57,6 +60,11 @@ impl Route {
             held_total: self.held_total,
             hold_shed_total: self.shed_total,
             hold_expired_total: self.expired_total,
+            ends: self.carried.ends,
+            responses: self.carried.responses,
+            bytes_in_total: self.carried.bytes_in,
+            bytes_out_total: self.carried.bytes_out,
+            latency: latency.then(|| self.carried.latency.clone()),
         }
     }
 
@@ -163,6 +171,10 @@ impl Routes {
         self.slab.iter().map(|(_, route)| route)
     }
 
+    pub fn entries(&self) -> impl Iterator<Item = (RouteKey, &Route)> {
+        self.slab.iter()
+    }
+
     /// The routes that hold something.
     pub fn holding(&self) -> Vec<RouteKey> {
         self.slab.iter().filter(|(_, route)| !route.held.is_empty()).map(|(key, _)| key).collect()
@@ -264,6 +276,7 @@ impl Route {
             held: VecDeque::new(),
             active: 0,
             left_at: now,
+            carried: Carried::default(),
             requests_total: 0,
             held_total: 0,
             shed_total: 0,

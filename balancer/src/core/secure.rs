@@ -19,9 +19,10 @@ use std::sync::Arc;
 
 use super::chunk::Chunk;
 use super::engine::Core;
+use super::flow::{Flow, Outcome};
 use super::http::answer::Answer;
 use super::io::{Millis, Op, SockId};
-use super::session::{Finish, Phase, Role, Sock};
+use super::session::{Finish, Phase, Role};
 use crate::control::protocol::Counters;
 
 /// How far TLS has come on a socket.
@@ -164,7 +165,8 @@ impl Core {
         };
         let Some(sock) = self.socks.get_mut(id) else { return };
         sock.tls = Tls::Off;
-        let address = sock.http().and_then(|http| http.address);
+        self.handshake_failed(id, fault.code());
+        let Some(sock) = self.socks.get_mut(id) else { return };
         if last_words.is_empty() {
             self.close_client(id, true);
         } else {
@@ -175,7 +177,19 @@ impl Core {
             sock.push(now, last_words);
             self.touch(id);
         }
-        self.note(address, None, fault.code(), None, None);
+    }
+
+    /// Tells the log: of a client that would have spoken HTTP now, of a plain connection when it closes.
+    fn handshake_failed(&mut self, id: SockId, code: &'static str) {
+        let now_us = self.now_us();
+        match self.socks.get_mut(id).map(|sock| &mut sock.role) {
+            Some(Role::Http(http)) => {
+                let flow = Flow::new(http.address, now_us);
+                self.end_flow(flow, None, Outcome::Refused(code));
+            }
+            Some(Role::Tcp(tcp)) => tcp.flow.fault = Some(code),
+            _ => {}
+        }
     }
 
     /// Whether TLS, where there is any, has said its goodbye, so that FIN may follow. Sees to it.
@@ -217,8 +231,7 @@ impl Core {
     /// The handshake takes too long.
     pub(super) fn handshake_expired(&mut self, id: SockId) {
         self.counters.tls_handshake_timeout += 1;
-        let address = self.socks.get_mut(id).and_then(Sock::http).and_then(|http| http.address);
-        self.note(address, None, "tls_handshake_timeout", None, None);
+        self.handshake_failed(id, "tls_handshake_timeout");
         self.close_client(id, true);
     }
 }

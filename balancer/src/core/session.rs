@@ -19,6 +19,7 @@ use std::rc::Rc;
 
 use super::actions::Reply;
 use super::chunk::Chunk;
+use super::flow::Flow;
 use super::http::body::Body;
 use super::http::head::Version;
 use super::io::{Millis, SockId};
@@ -88,6 +89,8 @@ pub enum Role {
     /// Bytes both ways; `upstream` on the upstream's side.
     Tunnel {
         upstream: Option<UpstreamKey>,
+        /// On the client's side.
+        flow: Option<Box<Flow>>,
     },
 }
 
@@ -115,6 +118,7 @@ pub struct TcpClient {
     pub origin: Origin,
     /// What it was routed by, if not by its port: the name in its ClientHello, empty when it had none.
     pub server_name: Option<Box<str>>,
+    pub flow: Flow,
     pub wait: Wait,
     /// What it said meanwhile.
     pub inbuf: Vec<u8>,
@@ -151,6 +155,7 @@ pub enum Phase {
 /// The request a client is being served.
 #[derive(Debug)]
 pub struct Request {
+    pub flow: Flow,
     pub wait: Wait,
     pub host: String,
     /// The head to send upstream.
@@ -165,10 +170,8 @@ pub struct Request {
     pub fresh_only: bool,
     /// The client waits for a word before it sends the body.
     pub expects: bool,
-    /// What its route answers once the body is dropped, and how much of that has been.
+    /// What its route answers once the body is dropped.
     pub reply: Option<Rc<Reply>>,
-    pub dropped_bytes: u64,
-    pub began_at: Millis,
 }
 
 /// A connection to an upstream.
@@ -203,7 +206,6 @@ pub enum Stage {
     #[default]
     Head,
     Body {
-        status: u16,
         body: Body,
         unchunk: bool,
         upstream_keep_alive: bool,
@@ -266,7 +268,7 @@ impl Sock {
 
     /// Whether it came in rather than being connected by us.
     pub fn is_client(&self) -> bool {
-        !matches!(self.role, Role::Upstream(_) | Role::Tunnel { upstream: Some(_) })
+        !matches!(self.role, Role::Upstream(_) | Role::Tunnel { upstream: Some(_), .. })
     }
 
     /// The wait of a client that has one.

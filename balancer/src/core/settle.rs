@@ -6,6 +6,7 @@
 
 use super::config::Config;
 use super::engine::Core;
+use super::flow::Outcome;
 use super::http::answer::Answer;
 use super::io::{Errno, Millis, Op, RecvMode, SockId};
 use super::secure::Tls;
@@ -68,7 +69,7 @@ impl Core {
         let over =
             self.socks.get(id).is_none_or(|sock| sock.finish == Finish::Fin && self.tunnel_is_over(sock));
         if over {
-            self.close_tunnel(id, false);
+            self.close_tunnel(id, false, Outcome::Closed);
         }
         over
     }
@@ -226,10 +227,9 @@ impl Core {
         }
         let stalled = !sock.out.is_empty() || sock.tls == Tls::Ending;
         match &sock.role {
-            Role::Tunnel { .. } => self.close_tunnel(id, true),
+            Role::Tunnel { .. } => self.close_tunnel(id, true, Outcome::Idle),
             Role::Http(_) if stalled => {
                 self.counters.client_stalled += 1;
-                self.note_broken(id, "aborted");
                 self.close_client(id, true);
             }
             Role::Http(http) => match http.phase {

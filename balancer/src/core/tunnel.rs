@@ -5,26 +5,29 @@
 
 use super::chunk::Chunk;
 use super::engine::Core;
+use super::flow::{Flow, Outcome};
 use super::io::SockId;
 use super::preface::proxy;
-use super::session::{Finish, Role, Sock};
+use super::session::{Finish, HttpClient, Role, Sock};
 use super::slab::UpstreamKey;
 
 impl Core {
     /// A plain TCP client's upstream stands.
     pub(super) fn start_tunnel(&mut self, id: SockId, key: UpstreamKey) {
+        let now_us = self.now_us();
         let Some(client) = self.socks.get(id).and_then(|sock| sock.peer) else { return };
         let Some(sock) = self.socks.get_mut(client) else { return };
-        let Role::Tcp(tcp) = std::mem::replace(&mut sock.role, Role::Tunnel { upstream: None }) else {
-            return;
-        };
+        let role = std::mem::replace(&mut sock.role, Role::Tunnel { upstream: None, flow: None });
+        let Role::Tcp(tcp) = role else { return };
         let Some(upstream) = self.upstreams.get_mut(key) else { return };
         upstream.requests_total += 1;
         if upstream.proxy_protocol {
             let header = proxy::write_v2(tcp.origin.ends());
             self.push_to(id, Chunk::owned(header));
         }
-        self.join_tunnel(id, client, key, tcp.inbuf);
+        let mut flow = Flow { host: tcp.server_name, ..tcp.flow };
+        flow.given(now_us, key);
+        self.join_tunnel(id, client, key, tcp.inbuf, flow);
     }
 
     /// An HTTP exchange becomes a tunnel. `fresh` is what the upstream said after its 101.
@@ -32,24 +35,31 @@ impl Core {
         let Some(Role::Upstream(conn)) = self.socks.get(id).map(|sock| &sock.role) else { return };
         let key = conn.upstream;
         let Some(sock) = self.socks.get_mut(client) else { return };
-        let Role::Http(http) = std::mem::replace(&mut sock.role, Role::Tunnel { upstream: None }) else {
-            return;
-        };
-        self.note(http.address, http.request.as_ref(), "upgraded", Some(101), Some(key));
+        let role = std::mem::replace(&mut sock.role, Role::Tunnel { upstream: None, flow: None });
+        let Role::Http(http) = role else { return };
+        let HttpClient { request: Some(request), inbuf: said, .. } = *http else { return };
+        let mut flow = request.flow.clone();
+        self.upgrade_flow(&mut flow, &request);
+        flow.bytes_in += said.len() as u64;
+        flow.bytes_out += fresh.len() as u64;
         if let Some(upstream) = self.upstreams.get_mut(key) {
             upstream.active_requests -= 1;
         }
         self.counters.upgrades += 1;
         self.push_to(client, fresh);
-        self.join_tunnel(id, client, key, http.inbuf);
+        self.join_tunnel(id, client, key, said, flow);
     }
 
-    fn join_tunnel(&mut self, id: SockId, client: SockId, key: UpstreamKey, said: Vec<u8>) {
+    fn join_tunnel(&mut self, id: SockId, client: SockId, key: UpstreamKey, said: Vec<u8>, flow: Flow) {
+        if let Some(Role::Tunnel { flow: place, .. }) = self.socks.get_mut(client).map(|sock| &mut sock.role)
+        {
+            *place = Some(Box::new(flow));
+        }
         if let Some(upstream) = self.upstreams.get_mut(key) {
             upstream.active_connections += 1;
         }
         if let Some(sock) = self.socks.get_mut(id) {
-            sock.role = Role::Tunnel { upstream: Some(key) };
+            sock.role = Role::Tunnel { upstream: Some(key), flow: None };
             sock.moved_at = self.now;
         }
         self.push_to(id, Chunk::owned(said));
@@ -62,7 +72,11 @@ impl Core {
     }
 
     pub(super) fn tunnel_input(&mut self, id: SockId, chunk: Chunk) {
-        if let Some(peer) = self.socks.get(id).and_then(|sock| sock.peer) {
+        let Some(sock) = self.socks.get_mut(id) else { return };
+        if let Some(flow) = sock.flow_mut() {
+            flow.bytes_in += chunk.len() as u64;
+        }
+        if let Some(peer) = sock.peer {
             self.push_to(peer, chunk);
         }
     }
@@ -78,11 +92,12 @@ impl Core {
 
     /// One side is gone: so is the other, with a reset.
     pub(super) fn tunnel_broken(&mut self, id: SockId) {
-        self.close_tunnel(id, true);
+        let by_client = self.socks.get(id).is_some_and(Sock::is_client);
+        self.close_tunnel(id, true, if by_client { Outcome::Aborted } else { Outcome::Cut });
     }
 
     /// Closes both sides.
-    pub(super) fn close_tunnel(&mut self, id: SockId, reset: bool) {
+    pub(super) fn close_tunnel(&mut self, id: SockId, reset: bool, outcome: Outcome) {
         let Some(sock) = self.socks.get(id) else { return };
         let (client, upstream) = match sock.is_client() {
             true => (Some(id), sock.peer),
@@ -95,7 +110,7 @@ impl Core {
             if let Some(sock) = self.socks.get_mut(client) {
                 sock.peer = None;
             }
-            self.close_client(client, reset);
+            self.end_client(client, reset, outcome);
         }
     }
 

@@ -4,6 +4,7 @@ use super::chunk::Chunk;
 use super::client::join;
 use super::config::Config;
 use super::engine::Core;
+use super::flow::Outcome;
 use super::http::answer::Answer;
 use super::http::body::Body;
 use super::http::head::{self, Scan};
@@ -88,8 +89,7 @@ impl Core {
             self.answer(client, answer);
         } else {
             self.counters.upstream_died_midway += 1;
-            self.note_broken(client, "cut");
-            self.close_client(client, true);
+            self.end_client(client, true, Outcome::Cut);
         }
     }
 
@@ -148,11 +148,13 @@ impl Core {
         end: usize,
         len: usize,
     ) -> Step {
+        if let Some(flow) = self.socks.get_mut(client).and_then(Sock::flow_mut) {
+            flow.status = Some(plan.status);
+        }
         self.push_to(client, Chunk::owned(plan.forward));
         let bodiless = plan.body.is_done();
         if let Some(exchange) = self.socks.get_mut(id).and_then(Sock::exchange) {
             exchange.stage = Stage::Body {
-                status: plan.status,
                 body: plan.body,
                 unchunk: plan.unchunk,
                 upstream_keep_alive: plan.upstream_keep_alive,
@@ -200,10 +202,9 @@ impl Core {
         let client = sock.peer.take();
         let Role::Upstream(conn) = &mut sock.role else { return };
         let UpPhase::Exchange(exchange) = &conn.phase else { return };
-        let Stage::Body { status, upstream_keep_alive, client_keep_alive, .. } = exchange.stage else {
+        let Stage::Body { upstream_keep_alive, client_keep_alive, .. } = exchange.stage else {
             return;
         };
-        let upstream_key = conn.upstream;
         if let Some(upstream) = self.upstreams.get_mut(conn.upstream) {
             upstream.active_requests -= 1;
         }
@@ -217,10 +218,9 @@ impl Core {
             let hurried = self.hurried;
             if let Some(http) = sock.http() {
                 body_done = http.body_done();
-                let address = http.address;
                 let request = http.request.take();
                 let asked_to_close = request.as_ref().is_some_and(|request| !request.keep_alive);
-                ended = Some((address, request));
+                ended = request;
                 http.idle_since = now;
                 // A client that was promised another turn has it, also of a balancer that drains.
                 if body_done && client_keep_alive && !hurried {
@@ -234,8 +234,8 @@ impl Core {
                 }
             }
         }
-        if let Some((address, request)) = ended {
-            self.note(address, request.as_ref(), "answered", Some(status), Some(upstream_key));
+        if let Some(request) = ended {
+            self.end_flow(request.flow.clone(), Some(&request), Outcome::Answered);
         }
         if let Some(client) = client {
             self.leave_route(client);
@@ -267,8 +267,12 @@ impl Core {
     }
 
     pub(super) fn push_to(&mut self, id: SockId, chunk: Chunk) {
-        let now = self.now;
+        let (now, now_us) = (self.now, self.now_us());
         if let Some(sock) = self.socks.get_mut(id) {
+            // Only a client has a flow: what is pushed to an upstream was counted as it came in.
+            if let Some(flow) = sock.flow_mut().filter(|_| !chunk.is_empty()) {
+                flow.passed_on(now_us, chunk.len());
+            }
             sock.push(now, chunk);
         }
         self.touch(id);

@@ -14,6 +14,7 @@
 use std::collections::HashMap;
 
 use super::config::Config;
+use super::flow::Answered;
 use super::io::{Millis, SockId};
 use super::random;
 use super::slab::{Slab, UpstreamKey};
@@ -34,6 +35,7 @@ pub struct Upstream {
     pub active_connections: u64,
     pub connecting: u32,
     reach: Reach,
+    pub answered: Answered,
     pub requests_total: u64,
     pub connections_total: u64,
     pub connect_errors_total: u64,
@@ -74,6 +76,7 @@ impl Upstream {
             active_connections: 0,
             connecting: 0,
             reach: Reach::Good,
+            answered: Answered::default(),
             requests_total: 0,
             connections_total: 0,
             connect_errors_total: 0,
@@ -148,7 +151,7 @@ impl Upstream {
         self.load() > 0 || !self.idle.is_empty()
     }
 
-    pub fn status(&self) -> UpstreamStatus {
+    pub fn status(&self, latency: bool) -> UpstreamStatus {
         UpstreamStatus {
             id: self.id.clone(),
             address: self.address.clone(),
@@ -161,6 +164,8 @@ impl Upstream {
             connect_errors_total: self.connect_errors_total,
             request_errors_total: self.request_errors_total,
             unreachable: self.is_lost(),
+            responses: self.answered.responses,
+            first_byte: latency.then(|| self.answered.first_byte.clone()),
         }
     }
 }

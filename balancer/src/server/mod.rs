@@ -236,7 +236,7 @@ impl Server {
         self.tell_waiting(&mut control);
         control.serve(|request| match request {
             Request::SetTable(table) => Reply::Now(self.set_table(table)),
-            Request::Status(_) => Reply::Now(self.status()),
+            Request::Status(query) => Reply::Now(self.status(&query)),
             Request::Wait(query) => self.wait_for(query),
         });
         self.control = Some(control);

@@ -3,15 +3,16 @@
 use std::sync::mpsc;
 
 use super::{Server, THREAD_TIMEOUT};
-use crate::control::protocol::{ErrorCode, Response, Status, UpstreamStatus};
+use crate::control::protocol::{ErrorCode, Response, Status, StatusQuery, UpstreamStatus};
 use crate::control::server::refusal;
 use crate::core::engine::Snapshot;
 use crate::worker::{Command, Worker};
 
 impl Server {
-    pub(super) fn status(&self) -> Response {
+    pub(super) fn status(&self, query: &StatusQuery) -> Response {
         let (reply, replies) = mpsc::channel();
-        let sent = |worker: &&Worker| worker.send(Command::Status(reply.clone()));
+        let sent =
+            |worker: &&Worker| worker.send(Command::Status { latency: query.latency, reply: reply.clone() });
         let count = self.workers.iter().filter(sent).count();
         let mut status = Status {
             table_version: self.table.version,

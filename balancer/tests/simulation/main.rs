@@ -15,6 +15,7 @@ mod far;
 #[path = "../common/hello.rs"]
 #[allow(dead_code, reason = "alerts are for those who read them")]
 mod hello;
+mod ledger;
 mod prefaces;
 mod secure;
 mod world;

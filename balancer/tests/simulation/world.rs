@@ -13,6 +13,7 @@ use epagent_balancer::table::{Address, Table};
 
 use crate::actors::{AppConn, Client, PAGE, Rng, take_front};
 use crate::far::{Conn, Far, StreamEnd};
+use crate::ledger::Ledger;
 use crate::prefaces::Prefaces;
 use crate::secure::{self, DoorTls};
 
@@ -99,8 +100,7 @@ pub struct World {
     /// How much each stream carries: from the client, and back.
     pub stream_sizes: HashMap<u64, (usize, usize)>,
     pub prefaces: Prefaces,
-    /// How many requests have been noted for the access log.
-    noted: u64,
+    ledger: Ledger,
 }
 
 impl World {
@@ -141,7 +141,7 @@ impl World {
             served: HashMap::new(),
             stream_sizes: HashMap::new(),
             prefaces,
-            noted: 0,
+            ledger: Ledger::default(),
             traced: std::env::var_os("SIMULATION_TRACE").is_some(),
         };
         world.begin();
@@ -221,8 +221,7 @@ impl World {
             self.apply(Op::Close { sock, reset: false });
         }
         self.ready.clear();
-        let access_noted = self.core.snapshot(self.now).counters.requests;
-        assert_eq!(std::mem::take(&mut self.noted), access_noted, "the access log does not reconcile");
+        std::mem::take(&mut self.ledger).check(&self.core.snapshot(self.now, true));
         self.core = Core::new(self.config.clone());
         self.begin();
     }
@@ -237,7 +236,7 @@ impl World {
     }
 
     fn check_nothing_is_left(&self) {
-        let snapshot = self.core.snapshot(self.now);
+        let snapshot = self.core.snapshot(self.now, true);
         for upstream in &snapshot.upstreams {
             let busy = (upstream.active_requests, upstream.active_connections, upstream.idle_connections);
             assert_eq!(busy, (0, 0, 0), "{} still counts something", upstream.id);
@@ -245,7 +244,7 @@ impl World {
         assert!(snapshot.routes.iter().all(|route| route.held == 0), "something is still held");
         assert!(snapshot.routes.iter().all(|route| route.active == 0), "a route still counts something");
         assert_eq!((snapshot.counters.connections_open, snapshot.counters.upstream_connections_open), (0, 0));
-        assert_eq!(self.noted, snapshot.counters.requests, "the access log does not reconcile");
+        self.ledger.check(&snapshot);
     }
 
     fn push_table(&mut self) {
@@ -337,8 +336,7 @@ impl World {
             self.core.handle(self.now, completion);
         }
         self.core.finish_batch(self.now);
-        let noted = self.core.take_access();
-        self.noted += noted.iter().filter(|access| !access.request.is_empty()).count() as u64;
+        self.ledger.note(&self.core.take_access());
         let ops: Vec<Op> = self.core.ops().drain(..).collect();
         for op in ops {
             self.trace(&op);

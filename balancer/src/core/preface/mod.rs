@@ -24,6 +24,8 @@ use self::client_hello::{Alert, HelloError};
 use self::proxy::{Ends, Said};
 use super::chunk::Chunk;
 use super::engine::Core;
+use super::flow::Flow;
+use super::histogram::Micros;
 use super::io::{Millis, SockId};
 use super::listen::{Listen, Mode};
 use super::session::{Finish, HttpClient, Role, Sock, TcpClient, Wait};
@@ -75,9 +77,10 @@ impl Core {
     fn client_role(&self, origin: Origin) -> Option<Role> {
         match origin.listen.mode {
             Mode::Http => Some(Role::Http(Box::new(HttpClient::new(origin, self.now)))),
-            Mode::Tcp { port } => {
-                self.routes.by_port(port).map(|route| Role::Tcp(Box::new(TcpClient::new(origin, route))))
-            }
+            Mode::Tcp { port } => self
+                .routes
+                .by_port(port)
+                .map(|route| Role::Tcp(Box::new(TcpClient::new(origin, route, self.now_us())))),
             Mode::Sni => Some(Role::Preface(Box::new(Preface::new(origin, Stage::Hello, self.now)))),
         }
     }
@@ -94,6 +97,7 @@ impl Core {
                 self.runnable.push_back(id);
             }
             Some(Role::Tcp(tcp)) => {
+                tcp.flow.bytes_in += said.len() as u64;
                 tcp.inbuf = said;
                 self.count_request(id);
                 self.dispatch(id);
@@ -134,9 +138,16 @@ impl Core {
     /// A preface took too long.
     pub(super) fn preface_is_late(&mut self, id: SockId) {
         let Some(preface) = self.socks.get_mut(id).and_then(Sock::preface) else { return };
+        let source = preface.origin.source;
         match preface.stage {
-            Stage::Header => self.counters.proxy_header_slow += 1,
-            Stage::Hello => self.counters.hello_slow += 1,
+            Stage::Header => {
+                self.counters.proxy_header_slow += 1;
+                self.turn_away(source, "proxy_header_slow");
+            }
+            Stage::Hello => {
+                self.counters.hello_slow += 1;
+                self.turn_away(source, "hello_slow");
+            }
             Stage::Refused => {}
         }
         self.close_client(id, true);
@@ -158,6 +169,7 @@ impl Core {
             Some(role) => self.become_client(id, role, origin.listen, rest),
             None => {
                 self.counters.tcp_unrouted += 1;
+                self.turn_away(origin.source, "unrouted");
                 self.close_client(id, true);
             }
         }
@@ -173,13 +185,16 @@ impl Core {
         let (origin, said) = (preface.origin, std::mem::take(&mut preface.inbuf));
         // A client that names nobody is as one whose name nobody has: only a catch-all takes it.
         let name = server_name.unwrap_or_default();
+        let now_us = self.now_us();
         match self.routes.by_server_name(&name) {
             Some(route) => {
-                let client = TcpClient { server_name: Some(name.into()), ..TcpClient::new(origin, route) };
+                let client =
+                    TcpClient { server_name: Some(name.into()), ..TcpClient::new(origin, route, now_us) };
                 self.become_client(id, Role::Tcp(Box::new(client)), origin.listen, said);
             }
             None => {
                 self.counters.sni_unrouted += 1;
+                self.turn_away(origin.source, "sni_unrouted");
                 self.alert(id, Alert::UnrecognizedName);
             }
         }
@@ -197,12 +212,15 @@ impl Core {
         if let Some(preface) = self.socks.get_mut(id).and_then(Sock::preface) {
             let origin = preface.origin;
             self.remarks.add(self.now, || format!("{} was reset: {error}", origin.describe()));
+            self.turn_away(origin.source, "proxy_header_refused");
         }
         self.close_client(id, true);
     }
 
     fn refuse_hello(&mut self, id: SockId, error: HelloError) {
         self.counters.hello_refused += 1;
+        let source = self.socks.get_mut(id).and_then(Sock::preface).and_then(|preface| preface.origin.source);
+        self.turn_away(source, "hello_refused");
         self.alert(id, error.alert());
     }
 
@@ -245,8 +263,8 @@ impl Origin {
 }
 
 impl TcpClient {
-    fn new(origin: Origin, route: RouteKey) -> Self {
+    fn new(origin: Origin, route: RouteKey, now_us: Micros) -> Self {
         let wait = Wait::at(route);
-        Self { origin, server_name: None, wait, inbuf: Vec::new() }
+        Self { origin, flow: Flow::new(origin.source, now_us), server_name: None, wait, inbuf: Vec::new() }
     }
 }
