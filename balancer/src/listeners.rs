@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{AddrParseError, IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -35,6 +35,20 @@ enum Origin {
     /// Bound for a route: goes with it.
     Route,
 }
+
+impl Origin {
+    /// What is behind its name when it is handed over or stored, so that it stays what it is.
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Inherited => "",
+            Self::Fixed => FIXED,
+            Self::Route => ROUTE,
+        }
+    }
+}
+
+const FIXED: &str = ".bound";
+const ROUTE: &str = ".route";
 
 /// A socket to bind: what it is for, and where. Written `NAME=ADDRESS`, as in `http.trusted=[::]:8080`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +95,8 @@ pub struct Listeners {
     next_id: u32,
     /// Where sockets for routes by port are bound.
     port_address: IpAddr,
+    /// Handed over by a process that had bound them as it was told to: for whoever asks for the same.
+    kept: Vec<(Listen, OwnedFd)>,
 }
 
 /// Why a socket does not listen.
@@ -127,11 +143,16 @@ impl Listener {
     pub fn local(&self) -> Option<SocketAddr> {
         local_address(&self.socket)
     }
+
+    /// The name it is handed over or stored under.
+    pub fn name(&self) -> String {
+        format!("{}{}", self.listen, self.origin.suffix())
+    }
 }
 
 impl Listeners {
     pub fn new(port_address: IpAddr) -> Self {
-        Self { all: BTreeMap::new(), next_id: 0, port_address }
+        Self { all: BTreeMap::new(), next_id: 0, port_address, kept: Vec::new() }
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (ListenerId, &Listener)> {
@@ -142,9 +163,14 @@ impl Listeners {
         self.all.is_empty()
     }
 
-    /// Takes over an inherited socket, whose name is that of a [`Listen`]; several may have the same.
+    /// Takes over an inherited socket, whose name is that of a [`Listen`]; several may have the same. One that a
+    /// balancer had bound itself has a suffix that says what for.
     pub fn inherit(&mut self, inherited: Inherited) -> Result<(), ListenError> {
-        let Inherited { name, socket } = inherited;
+        let Inherited { mut name, socket } = inherited;
+        let origin =
+            [Origin::Fixed, Origin::Route].into_iter().find(|origin| name.ends_with(origin.suffix()));
+        let origin = origin.unwrap_or(Origin::Inherited);
+        name.truncate(name.len() - origin.suffix().len());
         let listen: Listen = match name.parse() {
             Ok(listen) => listen,
             Err(source) => return Err(ListenError::UnknownName { name, source }),
@@ -154,12 +180,19 @@ impl Listeners {
             return Err(ListenError::NotListening { name });
         }
         prepare(&socket);
-        self.add(listen, socket, Origin::Inherited);
+        match origin {
+            Origin::Fixed => self.kept.push((listen, socket)),
+            _ => _ = self.add(listen, socket, origin),
+        }
         Ok(())
     }
 
-    /// Binds a socket that stays.
+    /// Binds a socket that stays, unless one that was handed over is just that.
     pub fn bind(&mut self, Bind { listen, address }: Bind) -> Result<(), ListenError> {
+        if let Some(socket) = self.take_kept(listen, address) {
+            self.add(listen, socket, Origin::Fixed);
+            return Ok(());
+        }
         let socket = bound(address).map_err(|source| ListenError::of(address, source))?;
         self.add(listen, socket, Origin::Fixed);
         Ok(())
@@ -186,19 +219,47 @@ impl Listeners {
         (added, problems)
     }
 
-    /// Lets go of sockets that were bound for routes the table no longer has; returns their ids.
-    pub fn unbind_for(&mut self, table: &Table) -> Vec<ListenerId> {
+    /// Lets go of sockets that were bound for routes the table no longer has; returns their ids
+    /// and names.
+    pub fn unbind_for(&mut self, table: &Table) -> Vec<(ListenerId, String)> {
         let wanted = |mode: Mode| match mode {
             Mode::Http | Mode::Sni => true,
             Mode::Tcp { port } => table.routes.iter().any(|route| route.matches == Match::Port(port)),
         };
         let stale = |listener: &Listener| listener.origin == Origin::Route && !wanted(listener.listen.mode);
-        let gone: Vec<ListenerId> =
-            self.all.iter().filter(|(_, listener)| stale(listener)).map(|(id, _)| *id).collect();
-        for id in &gone {
-            self.all.remove(id);
-        }
-        gone
+        let gone = self.all.extract_if(.., |_, listener| stale(listener));
+        gone.map(|(id, listener)| (id, listener.name())).collect()
+    }
+
+    /// Closes what was handed over and nobody has asked for.
+    pub fn forget_kept(&mut self) {
+        self.kept.clear();
+    }
+
+    fn take_kept(&mut self, listen: Listen, address: SocketAddr) -> Option<OwnedFd> {
+        let same = |(known, socket): &(Listen, OwnedFd)| {
+            *known == listen
+                && local_address(socket).is_some_and(|bound| {
+                    bound.ip() == address.ip() && (address.port() == 0 || bound.port() == address.port())
+                })
+        };
+        let at = self.kept.iter().position(same)?;
+        Some(self.kept.remove(at).1)
+    }
+
+    /// Every socket, by the name it is handed over under.
+    pub fn named(&self) -> Vec<(String, BorrowedFd<'_>)> {
+        self.all.values().map(|listener| (listener.name(), listener.socket.as_fd())).collect()
+    }
+
+    /// Those that were bound by a balancer, and so are nobody else's to keep.
+    pub fn own(&self) -> impl Iterator<Item = (ListenerId, &Listener)> {
+        self.iter().filter(|(_, listener)| listener.origin != Origin::Inherited)
+    }
+
+    /// Lets go of all of them.
+    pub fn clear(&mut self) {
+        self.all.clear();
     }
 
     pub fn status(&self) -> Vec<ListenerStatus> {

@@ -3,12 +3,13 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::access_log::AccessLog;
 use crate::core::config::Config;
@@ -27,12 +28,8 @@ const COMMANDS_MAX: usize = 256;
 pub enum Command {
     /// Route by this table; answered when it does.
     SetTable(Arc<Table>, Sender<()>),
-    AddListener {
-        id: ListenerId,
-        listen: Listen,
-        local: Option<SocketAddr>,
-        socket: Arc<OwnedFd>,
-    },
+    /// Accept on these too.
+    AddListeners(Vec<Opened>),
     RemoveListener(ListenerId),
     /// What it has counted; with `latency` also how long things took.
     Status {
@@ -41,12 +38,23 @@ pub enum Command {
     },
     /// Which routes starve.
     Starving(Sender<Vec<String>>),
-    /// Accept nothing more, finish what is under way, give idle clients their usual time, then end.
+    /// Let go of every listener, finish what is under way, give idle clients their usual time, then end.
     Drain,
-    /// As [`Command::Drain`], but idle clients are let go soon.
+    /// Accept nothing more, finish what is under way, let idle clients go soon, then end.
     Stop,
     /// Reset whoever is left.
     Abort,
+    /// Say that the loop comes round, by writing this number down.
+    Beat(u64),
+}
+
+/// A listening socket, as a thread is told of it.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    pub id: ListenerId,
+    pub listen: Listen,
+    pub local: Option<SocketAddr>,
+    pub socket: Arc<OwnedFd>,
 }
 
 /// A running data-path thread.
@@ -54,6 +62,16 @@ pub struct Worker {
     commands: SyncSender<Command>,
     waker: Arc<EventFd>,
     thread: JoinHandle<io::Result<()>>,
+    facts: Arc<Facts>,
+}
+
+/// What a thread leaves for the control thread to see.
+#[derive(Debug, Default)]
+struct Facts {
+    /// The last [`Command::Beat`].
+    beat: AtomicU64,
+    /// What it had counted when it ended.
+    last: OnceLock<Snapshot>,
 }
 
 /// How a data-path thread calls the control thread.
@@ -90,12 +108,14 @@ impl Worker {
         log: Option<AccessLog>,
         notices: Notices,
     ) -> Result<Self, StartError> {
-        let waker = Arc::new(EventFd::new().map_err(StartError::Waker)?);
+        let waker = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(StartError::Waker)?);
         let (commands, inbox) = mpsc::sync_channel(COMMANDS_MAX);
         let (started, start) = mpsc::channel();
         let door_waker = waker.clone();
+        let facts = Arc::<Facts>::default();
+        let shared = facts.clone();
         let body = move || {
-            let _notice = EndNotice(notices.ended);
+            let _notice = EndNotice(notices.ended.clone());
             // A door belongs to the thread that makes it.
             let door = match AnyDoor::open(io, buffers, door_waker) {
                 Ok(door) => door,
@@ -106,20 +126,36 @@ impl Worker {
                 }
             };
             let _ = started.send(Ok(()));
-            run(door, Core::new(config), &inbox, log.as_ref(), &notices.starved, &notices.remarks)
+            run(door, Core::new(config), &inbox, log.as_ref(), &notices, &shared)
         };
         let thread = std::thread::Builder::new()
             .name(format!("{io}-{index}"))
             .spawn(body)
             .map_err(StartError::Thread)?;
         start.recv().map_err(|_| StartError::Ended)??;
-        Ok(Self { commands, waker, thread })
+        Ok(Self { commands, waker, thread, facts })
     }
 
     /// Hands over a command; false when the thread is gone or does not keep up.
     pub fn send(&self, command: Command) -> bool {
         let sent = self.commands.try_send(command).is_ok();
         sent && self.waker.write(1).is_ok()
+    }
+
+    /// The last [`Command::Beat`] that its loop came round to.
+    pub fn beat(&self) -> u64 {
+        self.facts.beat.load(Ordering::Relaxed)
+    }
+
+    /// What it has counted; `None` when it does not answer in time. One that has ended says what it ended with.
+    pub fn snapshot(&self, latency: bool, patience: Duration) -> Option<Snapshot> {
+        let (reply, answer) = mpsc::channel();
+        self.send(Command::Status { latency, reply });
+        match answer.recv_timeout(patience) {
+            Ok(snapshot) => Some(snapshot),
+            Err(RecvTimeoutError::Disconnected) => self.facts.last.get().cloned(),
+            Err(RecvTimeoutError::Timeout) => None,
+        }
     }
 
     pub fn has_ended(&self) -> bool {
@@ -151,8 +187,8 @@ fn run(
     mut core: Core,
     commands: &Receiver<Command>,
     log: Option<&AccessLog>,
-    starved: &EventFd,
-    remarks: &SyncSender<String>,
+    notices: &Notices,
+    facts: &Facts,
 ) -> io::Result<()> {
     let start = Instant::now();
     let clock = || start.elapsed().as_micros() as Micros;
@@ -168,16 +204,16 @@ fn run(
             core.handle(now, completion);
         }
         while let Ok(command) = commands.try_recv() {
-            obey(command, &mut core, &mut door, now);
+            obey(command, &mut core, &mut door, facts, now);
         }
         core.finish_batch(now);
         door.apply(core.ops())?;
         if core.take_starved() {
             // Fails only when the count is full, and then the control thread has been told often enough.
-            let _ = starved.write(1);
+            let _ = notices.starved.write(1);
         }
         for remark in core.take_remarks() {
-            let _ = remarks.try_send(remark);
+            let _ = notices.remarks.try_send(remark);
         }
         let ended = core.take_access();
         if let Some(log) = log.filter(|_| !ended.is_empty()) {
@@ -185,19 +221,23 @@ fn run(
             core.count_dropped_access(dropped);
         }
     }
+    // Before the inbox goes, so that whoever sees that gone finds this.
+    let _ = facts.last.set(core.snapshot(clock() / 1_000, true));
     Ok(())
 }
 
-fn obey(command: Command, core: &mut Core, door: &mut impl Door, now: Millis) {
+fn obey(command: Command, core: &mut Core, door: &mut impl Door, facts: &Facts, now: Millis) {
     match command {
         Command::SetTable(table, done) => {
             core.set_table(now, &table);
             // The asker may have stopped waiting.
             let _ = done.send(());
         }
-        Command::AddListener { id, listen, local, socket } => {
-            door.add_listener(id, socket);
-            core.add_listener(id, listen, local);
+        Command::AddListeners(listeners) => {
+            for Opened { id, listen, local, socket } in listeners {
+                door.add_listener(id, socket);
+                core.add_listener(id, listen, local);
+            }
         }
         Command::RemoveListener(id) => {
             core.remove_listener(id);
@@ -209,8 +249,14 @@ fn obey(command: Command, core: &mut Core, door: &mut impl Door, now: Millis) {
         Command::Starving(reply) => {
             let _ = reply.send(core.starving());
         }
-        Command::Drain => core.drain(now),
+        Command::Drain => {
+            for id in core.remove_listeners() {
+                door.remove_listener(id);
+            }
+            core.drain(now);
+        }
         Command::Stop => core.stop(now),
         Command::Abort => core.abort(now),
+        Command::Beat(number) => facts.beat.store(number, Ordering::Relaxed),
     }
 }

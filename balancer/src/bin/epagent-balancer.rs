@@ -2,9 +2,10 @@
 //!
 //! Without a subcommand it serves: listeners and the control socket (`control`) come by the systemd
 //! socket-activation protocol or from `--http`, `--listen` and `--control`; routes come over the control
-//! socket, and from the state folder at start. `run` proxies without any of that. `status` and `set-table`
-//! speak to a running one.
+//! socket, and from the state folder at start. `run` proxies without any of that. `status`, `set-table` and
+//! `reload` speak to a running one.
 
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -16,8 +17,10 @@ use epagent_balancer::control::client::Client;
 use epagent_balancer::core::config::Config;
 use epagent_balancer::core::listen::{self, Listen};
 use epagent_balancer::doors::{BufferSizes, IoChoice};
+use epagent_balancer::handover::endowment::Endowment;
+use epagent_balancer::handover::launch::{self, Program};
+use epagent_balancer::handover::{LAUNCH_TIMEOUT, READY_TIMEOUT};
 use epagent_balancer::listeners::Bind;
-use epagent_balancer::ring::inherit;
 use epagent_balancer::server::{Options, Server, chain, log};
 use epagent_balancer::table::{Action, Address, Match, Proxy, Route, Table, Upstream, UpstreamState};
 
@@ -39,6 +42,14 @@ enum Command {
     Run(RunArgs),
     /// Show the state of a running balancer, as JSON
     Status(ControlArgs),
+    /// Have a running balancer hand over to a new process of its program on disk
+    Reload(ControlArgs),
+    /// What a balancer executes to hand over
+    #[command(name = launch::SUBCOMMAND, hide = true)]
+    HandoverLaunch {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<OsString>,
+    },
     /// Give a running balancer the table in a JSON file
     SetTable {
         #[command(flatten)]
@@ -147,6 +158,9 @@ struct CommonArgs {
     /// How long nothing may move in a TCP or upgraded connection
     #[arg(long, default_value_t = 3_600_000, value_name = "MS")]
     tunnel_timeout_ms: u64,
+    /// How long to finish what is under way after a handover to a new process
+    #[arg(long, default_value_t = 300_000, value_name = "MS")]
+    drain_timeout_ms: u64,
     /// How long to finish what is under way when told to stop
     #[arg(long, default_value_t = 5_000, value_name = "MS")]
     stop_timeout_ms: u64,
@@ -159,6 +173,10 @@ fn main() -> ExitCode {
         Some(Command::Serve(args)) => serve(args),
         Some(Command::Run(args)) => run(args),
         Some(Command::Status(args)) => status(&args.control),
+        Some(Command::Reload(args)) => reload(&args.control),
+        Some(Command::HandoverLaunch { command }) => {
+            launch::be_launcher(&command).map_err(|error| chain(&error))
+        }
         Some(Command::SetTable { control, file }) => set_table(&control.control, &file),
     };
     match done {
@@ -171,11 +189,15 @@ fn main() -> ExitCode {
 }
 
 fn serve(args: ServeArgs) -> Result<(), String> {
-    let inherited = inherit::take().map_err(|error| chain(&error))?;
-    let (mut control, inherited): (Vec<_>, Vec<_>) =
-        inherited.into_iter().partition(|inherited| inherited.name == "control");
-    let control = match (control.pop(), &args.control) {
-        (Some(inherited), _) => Some(inherited.socket),
+    let endowment = Endowment::take().map_err(|error| chain(&error))?;
+    // Told what went wrong, an old process says so to whoever asked it to hand over.
+    let old = endowment.handed.as_ref().and_then(|(taking, _)| taking.try_clone().ok());
+    serve_with(args, endowment).inspect_err(|why| old.iter().for_each(|old| old.fail(why)))
+}
+
+fn serve_with(args: ServeArgs, endowment: Endowment) -> Result<(), String> {
+    let control = match (endowment.control, &args.control) {
+        (Some(socket), _) => Some(socket),
         (None, Some(path)) => Some(bind_control(path)?.into()),
         (None, None) => None,
     };
@@ -185,7 +207,9 @@ fn serve(args: ServeArgs) -> Result<(), String> {
         port_address: args.port_address,
         control_uid: args.control_uid,
         control,
-        inherited,
+        inherited: endowment.listeners,
+        program: endowment.program,
+        handed: endowment.handed,
         bind: args.http.into_iter().map(Bind::http).chain(args.listen).collect(),
         ..common.options()
     })
@@ -246,6 +270,14 @@ fn status(control: &Path) -> Result<(), String> {
     Ok(())
 }
 
+fn reload(control: &Path) -> Result<(), String> {
+    let patience = READY_TIMEOUT + LAUNCH_TIMEOUT + Duration::from_secs(5);
+    let mut client = Client::connect(control, patience).map_err(|error| chain(&error))?;
+    let reloaded = client.reload().map_err(|error| chain(&error))?;
+    println!("process {} is in charge", reloaded.pid);
+    Ok(())
+}
+
 fn set_table(control: &Path, file: &Path) -> Result<(), String> {
     let text = std::fs::read(file).map_err(|error| format!("cannot read {}: {error}", file.display()))?;
     let table: Table =
@@ -287,6 +319,9 @@ impl CommonArgs {
             bind: Vec::new(),
             table: Table::empty(),
             stop_timeout: Duration::from_millis(self.stop_timeout_ms),
+            drain_timeout: Duration::from_millis(self.drain_timeout_ms),
+            program: Program::of_this_process(None),
+            handed: None,
         }
     }
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::protocol::{
-    Ack, ControlError, LINE_BYTES_MAX, Request, Response, Status, StatusQuery, WaitQuery, Waited,
+    Ack, ControlError, LINE_BYTES_MAX, ReloadQuery, Reloaded, Request, Response, Status, StatusQuery,
+    WaitQuery, Waited,
 };
 use crate::table::Table;
 
@@ -75,6 +76,16 @@ impl Client {
     pub fn wait(&mut self, query: WaitQuery) -> Result<Waited, ClientError> {
         match self.request(&Request::Wait(query))? {
             Response::Waited(waited) => Ok(waited),
+            Response::Error(error) => Err(ClientError::Refused(error)),
+            _ => Err(ClientError::Mismatch),
+        }
+    }
+
+    /// Has the balancer hand over to a new process of the program on disk, and waits until that is in charge.
+    /// The connection's own timeout must be longer than that may take.
+    pub fn reload(&mut self) -> Result<Reloaded, ClientError> {
+        match self.request(&Request::Reload(ReloadQuery {}))? {
+            Response::Reloaded(reloaded) => Ok(reloaded),
             Response::Error(error) => Err(ClientError::Refused(error)),
             _ => Err(ClientError::Mismatch),
         }

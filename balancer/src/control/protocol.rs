@@ -34,7 +34,15 @@ pub enum Request {
     Status(StatusQuery),
     /// Answer when a route that has no upstream begins to hold something, or when the time is up.
     Wait(WaitQuery),
+    /// Hand over to a new process of the program on disk. Answered when that one is in charge, or when it never
+    /// will be.
+    Reload(ReloadQuery),
 }
+
+/// `reload` takes no arguments.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReloadQuery {}
 
 /// What of the status is wanted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +81,8 @@ pub enum Response {
     Status(Box<Status>),
     /// The wait is over.
     Waited(Waited),
+    /// A new process is in charge; the old one finishes what it carries.
+    Reloaded(Reloaded),
     /// Nothing was changed, and why.
     Error(ControlError),
 }
@@ -104,6 +114,13 @@ pub struct Waited {
     pub routes: Vec<String>,
 }
 
+/// What a reload came to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// The process that is in charge now.
+    pub pid: u32,
+}
+
 /// Why a request changed nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlError {
@@ -125,11 +142,16 @@ pub enum ErrorCode {
     Forbidden,
     /// A thread did not take the table or answer in time.
     Busy,
+    /// The new process did not come up; the old one goes on.
+    HandoverFailed,
 }
 
 /// The state of the whole balancer, summed over its threads.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
+    /// The process that answers.
+    #[serde(default)]
+    pub pid: u32,
     pub table_version: u64,
     pub threads: u32,
     /// What the data path uses.
@@ -140,6 +162,19 @@ pub struct Status {
     /// Also upstreams that have left the table but still have something to finish (`state: removed`).
     pub upstreams: Vec<UpstreamStatus>,
     pub counters: Counters,
+    /// Processes that have handed over to this one and finish what they carry, the oldest first. What they
+    /// have and count is part of everything above.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub draining: Vec<DrainingStatus>,
+}
+
+/// A process that drains.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainingStatus {
+    pub pid: u32,
+    pub drains_for_ms: u64,
+    /// Client connections it still has, when it said so last.
+    pub connections: u64,
 }
 
 /// One listening socket.
@@ -286,6 +321,11 @@ macro_rules! counters {
         impl Counters {
             /// Adds another thread's counts.
             pub fn add(&mut self, other: &Counters) { $( self.$name += other.$name; )+ }
+
+            /// What stays of a process that has ended: what it has counted, and nothing it has open.
+            pub fn without_gauges(&self) -> Counters {
+                Counters { connections_open: 0, upstream_connections_open: 0, ..self.clone() }
+            }
         }
     };
 }

@@ -5,7 +5,7 @@
 //! meanwhile stays in its socket until it has been told, so that answers keep the order of their questions.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,8 @@ struct Peer {
     line: Vec<u8>,
     /// It is to be told by then.
     waiting_until: Option<Instant>,
+    /// It is to be told what comes of the handover under way.
+    awaits_handover: bool,
     gone: bool,
 }
 
@@ -43,6 +45,8 @@ pub enum Reply {
     Now(Response),
     /// [`ControlServer::tell_waiting`] answers it, at the latest then.
     Later(Instant),
+    /// [`ControlServer::tell_handover`] answers it.
+    AtHandover,
 }
 
 impl ControlServer {
@@ -63,11 +67,11 @@ impl ControlServer {
     pub fn serve(&mut self, mut handle: impl FnMut(Request) -> Reply) {
         self.accept();
         for peer in &mut self.peers {
-            match peer.waiting_until {
-                Some(_) => peer.notice_hangup(),
-                None => peer.read(),
+            match peer.is_waiting() {
+                true => peer.notice_hangup(),
+                false => peer.read(),
             }
-            while peer.waiting_until.is_none()
+            while !peer.is_waiting()
                 && let Some(line) = peer.take_line()
             {
                 let reply = match serde_json::from_slice(&line) {
@@ -77,6 +81,7 @@ impl ControlServer {
                 match reply {
                     Reply::Now(response) => peer.answer(&response),
                     Reply::Later(at) => peer.waiting_until = Some(at),
+                    Reply::AtHandover => peer.awaits_handover = true,
                 }
             }
             if peer.line.len() >= LINE_BYTES_MAX {
@@ -103,6 +108,37 @@ impl ControlServer {
         self.tell(waited, |until| until <= now);
     }
 
+    /// Tells those that asked for a handover what came of it.
+    pub fn tell_handover(&mut self, outcome: &Response) {
+        for peer in self.peers.iter_mut().filter(|peer| peer.awaits_handover) {
+            peer.awaits_handover = false;
+            peer.answer(outcome);
+        }
+        self.peers.retain(|peer| !peer.gone);
+    }
+
+    /// The listening socket.
+    pub fn listener(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    /// Connections a successor can go on with. One in the middle of a request is told to try again.
+    pub fn hand_on(&mut self) -> Vec<BorrowedFd<'_>> {
+        for peer in self.peers.iter_mut().filter(|peer| !peer.line.is_empty()) {
+            peer.answer(&refusal(ErrorCode::Busy, "a new process takes over: try again".to_owned()));
+            peer.gone = true;
+        }
+        self.peers.retain(|peer| !peer.gone);
+        self.peers.iter().map(|peer| peer.stream.as_fd()).collect()
+    }
+
+    /// Goes on with connections of a predecessor's.
+    pub fn adopt(&mut self, peers: Vec<OwnedFd>) {
+        for stream in peers.into_iter().map(UnixStream::from) {
+            self.peers.push(Peer::new(stream));
+        }
+    }
+
     fn tell(&mut self, waited: &Waited, whom: impl Fn(Instant) -> bool) {
         for peer in &mut self.peers {
             if peer.waiting_until.take_if(|until| whom(*until)).is_some() {
@@ -118,7 +154,7 @@ impl ControlServer {
             if stream.set_write_timeout(Some(ANSWER_TIMEOUT)).is_err() || self.peers.len() >= PEERS_MAX {
                 continue;
             }
-            let mut peer = Peer { stream, line: Vec::new(), waiting_until: None, gone: false };
+            let mut peer = Peer::new(stream);
             let uid = getsockopt(&peer.stream, sockopt::PeerCredentials).map(|credentials| credentials.uid());
             match uid {
                 Ok(uid) if uid == 0 || Some(uid) == self.allowed_uid => self.peers.push(peer),
@@ -132,9 +168,17 @@ impl ControlServer {
 }
 
 impl Peer {
+    fn new(stream: UnixStream) -> Self {
+        Self { stream, line: Vec::new(), waiting_until: None, awaits_handover: false, gone: false }
+    }
+
+    fn is_waiting(&self) -> bool {
+        self.waiting_until.is_some() || self.awaits_handover
+    }
+
     /// One that waits is only watched for its end, which poll reports unasked.
     fn polled(&self) -> PollFd<'_> {
-        let flags = if self.waiting_until.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
+        let flags = if self.is_waiting() { PollFlags::empty() } else { PollFlags::POLLIN };
         PollFd::new(self.stream.as_fd(), flags)
     }
 

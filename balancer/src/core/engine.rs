@@ -147,6 +147,12 @@ impl Core {
         }
     }
 
+    /// As [`Core::remove_listener`] for all of them; returns their ids.
+    pub fn remove_listeners(&mut self) -> Vec<ListenerId> {
+        self.listeners.values_mut().for_each(|listener| listener.removed = true);
+        self.listeners.keys().copied().collect()
+    }
+
     /// Routes by another table from now on.
     pub fn set_table(&mut self, now: Millis, table: &Table) {
         self.now = now;

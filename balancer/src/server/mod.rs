@@ -1,15 +1,19 @@
 //! The balancer as a process: data-path threads, and the control thread that feeds them.
 //!
 //! The control thread owns the table. It binds and releases listeners, saves the table, hands it to every
-//! thread and answers when all of them route by it. It ends when it is told to (SIGTERM, SIGINT), or when a
-//! data-path thread has ended, so that whoever supervises the process starts it anew.
+//! thread and answers when all of them route by it. It ends when it is told to (SIGTERM, SIGINT), when it has
+//! handed over (SIGUSR2, or `reload` on the control socket) and drained, or when a data-path thread has ended,
+//! so that whoever supervises the process starts it anew.
 
+mod life;
 mod say;
 mod status;
+mod succession;
 mod system;
 mod tables;
 mod waits;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -21,18 +25,27 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signalfd::SignalFd;
 
+use self::life::Life;
 pub use self::say::{chain, log};
 use self::system::{connections_by_descriptors, random_seed, watch_signals};
+pub use self::waits::poll_timeout;
 use crate::access_log::AccessLog;
 use crate::control::protocol::Request;
 use crate::control::server::{ControlServer, Reply};
 use crate::core::config::Config;
 use crate::core::io::ListenerId;
 use crate::doors::{BufferSizes, DoorError, Io, IoChoice};
+use crate::handover::HandoverError;
+use crate::handover::giving::Giving;
+use crate::handover::launch::Program;
+use crate::handover::predecessors::Predecessors;
+use crate::handover::taking::Taking;
 use crate::listeners::{Bind, ListenError, Listeners};
+use crate::notify::Notifier;
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
 use crate::table::Table;
+use crate::watchdog::Watchdog;
 use crate::worker::{Command, Notices, StartError, Worker};
 
 /// How long a thread may take to answer the control thread.
@@ -65,6 +78,12 @@ pub struct Options {
     pub table: Table,
     /// How long to go on for clients that are being served when told to stop.
     pub stop_timeout: Duration,
+    /// How long to go on for them after a handover.
+    pub drain_timeout: Duration,
+    /// What to execute to hand over.
+    pub program: Program,
+    /// The way to a process that hands over to us, and its table.
+    pub handed: Option<(Taking, Table)>,
 }
 
 /// Why the process could not start, or ended.
@@ -84,6 +103,8 @@ pub enum ServerError {
     Control(#[source] std::io::Error),
     #[error("cannot watch signals and threads")]
     Watch(#[source] Errno),
+    #[error("cannot take over from the old process")]
+    Handover(#[from] HandoverError),
     #[error("data-path thread {index} ended: {why}")]
     WorkerEnded { index: usize, why: String },
 }
@@ -102,15 +123,27 @@ pub struct Server {
     starved: Arc<EventFd>,
     /// How often that has happened, as far as it was seen here.
     sequence: u64,
+    /// Routes that have begun to starve in processes that drain, since the table was changed last.
+    elders_starve: BTreeSet<String>,
+    life: Life,
+    program: Program,
+    /// A peer of the control socket asks for a handover.
+    reload_wanted: bool,
+    /// A successor that is not ready yet.
+    giving: Option<Giving>,
+    predecessors: Predecessors,
+    notifier: Notifier,
+    watchdog: Option<Watchdog>,
     stop_timeout: Duration,
+    drain_timeout: Duration,
 }
 
 impl Server {
     /// Starts threads and listeners. Signals are blocked in the calling thread, and in those it starts.
     pub fn start(options: Options) -> Result<Self, ServerError> {
         let signals = watch_signals().map_err(ServerError::Watch)?;
-        let worker_ended = Arc::new(EventFd::new().map_err(ServerError::Watch)?);
-        let starved = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).map_err(ServerError::Watch)?);
+        let worker_ended = Arc::new(noticing().map_err(ServerError::Watch)?);
+        let starved = Arc::new(noticing().map_err(ServerError::Watch)?);
         let (io, missing) = options.io.decide(options.buffers)?;
         match missing {
             Some(why) => log(&format!("using epoll, since io_uring is not to be had: {}", chain(&why))),
@@ -142,93 +175,93 @@ impl Server {
         let control = options.control.map(|socket| ControlServer::new(socket, options.control_uid));
         let control = control.transpose().map_err(ServerError::Control)?;
         let saved = options.state_dir.map(|dir| Saved::new(&dir));
-        let table = Arc::new(saved.as_ref().and_then(load_saved).unwrap_or(options.table));
-        let stop_timeout = options.stop_timeout;
-        let sequence = 0;
+        let handed_over = options.handed.is_some();
+        let (taking, handed) = options.handed.unzip();
+        let table = handed.or_else(|| saved.as_ref().and_then(load_saved)).unwrap_or(options.table);
         let mut server = Self {
             io,
             workers,
             listeners,
             control,
             saved,
-            table,
+            table: Arc::new(table),
             signals,
             worker_ended,
             starved,
-            sequence,
-            stop_timeout,
+            sequence: 0,
+            elders_starve: BTreeSet::new(),
+            life: Life::Serving,
+            program: options.program,
+            reload_wanted: false,
+            giving: None,
+            predecessors: Predecessors::default(),
+            notifier: Notifier::from_environment(),
+            watchdog: Watchdog::from_environment(handed_over, Instant::now()),
+            stop_timeout: options.stop_timeout,
+            drain_timeout: options.drain_timeout,
         };
-        server.begin();
+        server.begin(taking)?;
         Ok(server)
     }
 
-    /// Serves until told to stop, or until a thread fails.
+    /// Serves until told to stop, or until it has handed over and drained, or until a thread fails.
     pub fn run(mut self) -> Result<(), ServerError> {
-        let mut stop_at: Option<Instant> = None;
         loop {
-            self.wait(stop_at);
-            if self.is_told_to_stop() {
-                if stop_at.is_some() {
-                    log("told to stop again: ending at once");
-                    return Ok(());
-                }
-                log("stopping: finishing what is under way");
-                stop_at = Some(Instant::now() + self.stop_timeout);
-                self.tell_all(|| Command::Stop);
+            self.wait();
+            if self.obey_signals() {
+                return Ok(());
             }
-            if let Some(at) = stop_at {
-                let all_ended = self.workers.iter().all(Worker::has_ended);
-                if all_ended || Instant::now() >= at {
-                    log(if all_ended { "stopped" } else { "stopped; some clients were still being served" });
-                    return Ok(());
-                }
-            } else if let Some(index) = self.workers.iter().position(Worker::has_ended) {
-                let why = self.workers.swap_remove(index).join().err();
-                let why = why.unwrap_or_else(|| "without a reason".to_owned());
-                return Err(ServerError::WorkerEnded { index, why });
-            }
+            self.look_after_handover();
+            self.look_after_successor();
+            self.predecessors.look();
             self.serve_control();
+            self.reload_for_peers();
+            self.feed_watchdog();
+            if self.live_on()? {
+                return Ok(());
+            }
         }
     }
 
-    /// Puts the first table and the listeners into effect.
-    fn begin(&mut self) {
-        let table = self.table.clone();
-        let (_, problems) = self.listeners.bind_for(&table);
+    /// Puts the first table and the listeners into effect; after a handover not before it is our turn.
+    fn begin(&mut self, taking: Option<Taking>) -> Result<(), ServerError> {
+        let problems = self.listeners.bind_for(&self.table).1;
         for problem in &problems {
             log(&format!("route {}: {}", problem.route.as_deref().unwrap_or("-"), problem.message));
         }
-        self.spread(&table);
+        self.listeners.forget_kept();
+        self.spread(&self.table);
+        if let Some(taking) = taking {
+            self.await_turn(taking)?;
+        }
         let ids: Vec<ListenerId> = self.listeners.iter().map(|(id, _)| id).collect();
         self.open(&ids);
+        self.store(&ids);
         for listener in self.listeners.status() {
             log(&format!("listening: {} on {}", listener.name, listener.address));
         }
-        log(&format!("serving table {} with {} routes", table.version, table.routes.len()));
+        let serving = format!("serving table {} with {} routes", self.table.version, self.table.routes.len());
+        log(&serving);
+        self.notifier.say(&format!("READY=1\nSTATUS={serving}"));
+        Ok(())
     }
 
-    fn wait(&self, stop_at: Option<Instant>) {
+    fn wait(&self) {
         let control = self.control.iter().flat_map(ControlServer::polled);
         let fixed = [self.signals.as_fd(), self.worker_ended.as_fd(), self.starved.as_fd()];
-        let fixed = fixed.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        let mut polled: Vec<PollFd<'_>> = fixed.chain(control).collect();
-        // While stopping, threads end one after the other; looking now and then is enough for that.
-        let look_at = stop_at.map(|at| at.min(Instant::now() + Duration::from_millis(20)));
+        let handover = self.giving.iter().map(AsFd::as_fd).chain(self.predecessors.descriptors());
+        let watched = fixed.into_iter().chain(handover).chain(self.life.successor().map(AsFd::as_fd));
+        let watched = watched.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let mut polled: Vec<PollFd<'_>> = watched.chain(control).collect();
         let tell_at = self.control.as_ref().and_then(ControlServer::next_deadline);
-        let timeout = match [look_at, tell_at].into_iter().flatten().min() {
-            Some(at) => waits::poll_timeout(at),
+        let beat_at = self.watchdog.as_ref().map(Watchdog::due);
+        let give_up_at = self.giving.as_ref().map(Giving::deadline);
+        let timeout = match [self.life.look_at(), tell_at, beat_at, give_up_at].into_iter().flatten().min() {
+            Some(at) => poll_timeout(at),
             None => PollTimeout::NONE,
         };
         // An error here is EINTR or a passing shortage; everything is looked at anyway.
         let _ = poll(&mut polled, timeout);
-    }
-
-    fn is_told_to_stop(&mut self) -> bool {
-        let mut told = false;
-        while let Ok(Some(_)) = self.signals.read_signal() {
-            told = true;
-        }
-        told
     }
 
     fn serve_control(&mut self) {
@@ -238,8 +271,22 @@ impl Server {
             Request::SetTable(table) => Reply::Now(self.set_table(table)),
             Request::Status(query) => Reply::Now(self.status(&query)),
             Request::Wait(query) => self.wait_for(query),
+            Request::Reload(_) => {
+                self.reload_wanted = true;
+                Reply::AtHandover
+            }
         });
         self.control = Some(control);
+    }
+
+    fn feed_watchdog(&mut self) {
+        let beats = self.workers.iter().map(Worker::beat);
+        let looked = self.watchdog.as_mut().and_then(|watchdog| watchdog.look(Instant::now(), beats));
+        let Some((alive, next)) = looked else { return };
+        if alive {
+            self.notifier.say("WATCHDOG=1");
+        }
+        self.tell_all(|| Command::Beat(next));
     }
 
     /// A command that needs no answer. A thread that cannot take it has ended, which is noticed elsewhere.
@@ -248,6 +295,11 @@ impl Server {
             worker.send(command());
         }
     }
+}
+
+/// A count that threads add to, and that reading never waits for.
+fn noticing() -> nix::Result<EventFd> {
+    EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
 }
 
 fn load_saved(saved: &Saved) -> Option<Table> {

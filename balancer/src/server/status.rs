@@ -1,35 +1,63 @@
-//! What the balancer says of itself: the sum of what its threads say.
-
-use std::sync::mpsc;
+//! What the balancer says of itself: the sum of what its threads say, and of what the processes before it that
+//! still drain say of theirs.
 
 use super::{Server, THREAD_TIMEOUT};
-use crate::control::protocol::{ErrorCode, Response, Status, StatusQuery, UpstreamStatus};
+use crate::control::protocol::{ErrorCode, Response, ShownState, Status, StatusQuery, UpstreamStatus};
 use crate::control::server::refusal;
 use crate::core::engine::Snapshot;
-use crate::worker::{Command, Worker};
 
 impl Server {
-    pub(super) fn status(&self, query: &StatusQuery) -> Response {
-        let (reply, replies) = mpsc::channel();
-        let sent =
-            |worker: &&Worker| worker.send(Command::Status { latency: query.latency, reply: reply.clone() });
-        let count = self.workers.iter().filter(sent).count();
+    pub(super) fn status(&mut self, query: &StatusQuery) -> Response {
+        let Some(mut status) = self.own_status(query) else {
+            return refusal(ErrorCode::Busy, "a data-path thread did not answer in time".to_owned());
+        };
+        let past = self.predecessors.past().clone();
+        let (draining, reports) = self.predecessors.reports(query);
+        for report in reports {
+            add_report(&mut status, report);
+        }
+        status.counters.add(&past);
+        status.draining = draining;
+        status.upstreams.sort_by(|a, b| (&a.id, &a.address).cmp(&(&b.id, &b.address)));
+        Response::Status(Box::new(status))
+    }
+
+    /// Of this process alone.
+    pub(super) fn own_status(&self, query: &StatusQuery) -> Option<Status> {
         let mut status = Status {
+            pid: std::process::id(),
             table_version: self.table.version,
             threads: self.workers.len() as u32,
             io: self.io,
             listeners: self.listeners.status(),
             ..Status::default()
         };
-        for _ in 0..count {
-            let Ok(snapshot) = replies.recv_timeout(THREAD_TIMEOUT) else {
-                return refusal(ErrorCode::Busy, "a data-path thread did not answer in time".to_owned());
-            };
-            add_snapshot(&mut status, snapshot);
+        for worker in &self.workers {
+            add_snapshot(&mut status, worker.snapshot(query.latency, THREAD_TIMEOUT)?);
         }
         status.routes.sort_by(|a, b| a.id.cmp(&b.id));
         status.upstreams.sort_by(|a, b| (&a.id, &a.address).cmp(&(&b.id, &b.address)));
-        Response::Status(Box::new(status))
+        Some(status)
+    }
+}
+
+/// Adds what a process that drains has: an upstream that only it still uses is shown as removed.
+fn add_report(status: &mut Status, report: &Status) {
+    status.counters.add(&report.counters);
+    for route in &report.routes {
+        if let Some(known) = status.routes.iter_mut().find(|known| known.id == route.id) {
+            known.add(route);
+        }
+    }
+    for upstream in &report.upstreams {
+        let same = |known: &&mut UpstreamStatus| known.id == upstream.id && known.address == upstream.address;
+        match status.upstreams.iter_mut().find(same) {
+            Some(known) => known.add(upstream),
+            None if upstream.active_requests + upstream.active_connections > 0 => {
+                status.upstreams.push(UpstreamStatus { state: ShownState::Removed, ..upstream.clone() });
+            }
+            None => {}
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Putting a table into effect: listeners bound, saved, in force on every thread, then acknowledged.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 
 use super::say::chain;
@@ -8,7 +9,7 @@ use crate::control::protocol::{Ack, ErrorCode, Problem, Response};
 use crate::control::server::refusal;
 use crate::core::io::ListenerId;
 use crate::table::Table;
-use crate::worker::{Command, Worker};
+use crate::worker::{Command, Opened, Worker};
 
 impl Server {
     /// Replaces the table: checked, saved, in force on every thread, then acknowledged.
@@ -24,6 +25,7 @@ impl Server {
         }
         let table = Arc::new(table);
         let (added, mut problems) = self.listeners.bind_for(&table);
+        self.store(&added);
         if let Some(saved) = &self.saved
             && let Err(error) = saved.save(&table)
         {
@@ -33,10 +35,14 @@ impl Server {
             return refusal(ErrorCode::Busy, "a data-path thread did not take the table in time".to_owned());
         }
         self.table = table.clone();
+        // Whoever starts an app that was wanted says so with a table.
+        self.elders_starve.clear();
         self.open(&added);
-        for gone in self.listeners.unbind_for(&table) {
+        for (gone, name) in self.listeners.unbind_for(&table) {
             self.tell_all(|| Command::RemoveListener(gone));
+            self.notifier.forget(&name);
         }
+        self.pass_on(&table);
         Response::Ack(Ack { version: table.version, problems })
     }
 
@@ -50,16 +56,22 @@ impl Server {
     }
 
     pub(super) fn open(&self, ids: &[ListenerId]) {
-        for (id, listener) in self.listeners.iter().filter(|(id, _)| ids.contains(id)) {
-            for worker in &self.workers {
-                let socket = listener.socket.clone();
-                worker.send(Command::AddListener {
-                    id,
-                    listen: listener.listen,
-                    local: listener.local(),
-                    socket,
-                });
-            }
+        let listeners = self.listeners.iter().filter(|(id, _)| ids.contains(id));
+        let listeners: Vec<_> = listeners
+            .map(|(id, listener)| Opened {
+                id,
+                listen: listener.listen,
+                local: listener.local(),
+                socket: listener.socket.clone(),
+            })
+            .collect();
+        self.tell_all(|| Command::AddListeners(listeners.clone()));
+    }
+
+    /// Has the service manager keep those of these sockets that are nobody else's.
+    pub(super) fn store(&self, ids: &[ListenerId]) {
+        for (_, listener) in self.listeners.own().filter(|(id, _)| ids.contains(id)) {
+            self.notifier.store(&listener.name(), listener.socket.as_fd());
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::control::server::{ControlServer, Reply};
 use crate::worker::{Command, Worker};
 
 /// From now until then, rounded up, so that poll does not end just before.
-pub(super) fn poll_timeout(at: Instant) -> PollTimeout {
+pub fn poll_timeout(at: Instant) -> PollTimeout {
     let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
     PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
 }
@@ -24,7 +24,10 @@ pub(super) fn poll_timeout(at: Instant) -> PollTimeout {
 impl Server {
     /// Tells those that wait for it that something has begun to starve, and those whose time is up.
     pub(super) fn tell_waiting(&mut self, control: &mut ControlServer) {
-        if self.starved.read().is_ok() {
+        let elders = self.predecessors.take_starving();
+        let begun = self.starved.read().is_ok() || !elders.is_empty();
+        self.elders_starve.extend(elders);
+        if begun {
             self.sequence += 1;
             control.tell_waiting(&self.waited());
         }
@@ -43,12 +46,12 @@ impl Server {
     }
 
     /// What starves now, as far as the threads say so in time.
-    fn waited(&self) -> Waited {
+    pub(super) fn waited(&self) -> Waited {
         let (reply, replies) = mpsc::channel();
         let sent = |worker: &&Worker| worker.send(Command::Starving(reply.clone()));
         let count = self.workers.iter().filter(sent).count();
         let answers = (0..count).map_while(|_| replies.recv_timeout(THREAD_TIMEOUT).ok());
-        let routes: BTreeSet<String> = answers.flatten().collect();
+        let routes: BTreeSet<String> = answers.flatten().chain(self.elders_starve.iter().cloned()).collect();
         Waited { sequence: self.sequence, routes: routes.into_iter().collect() }
     }
 }

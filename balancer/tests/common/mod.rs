@@ -7,6 +7,7 @@
 
 pub mod app;
 pub mod client;
+pub mod generations;
 pub mod hello;
 
 use std::io::{Read, Write};
@@ -52,7 +53,28 @@ impl Balancer {
     /// Through the door it chooses by itself (or as told by `arguments`), started by `spawn`.
     pub fn start_with(arguments: &[&str], spawn: impl FnOnce(Command) -> std::io::Result<Child>) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_epagent-balancer"));
+        let command = Command::new(env!("CARGO_BIN_EXE_epagent-balancer"));
+        Self::start_in(dir, command, arguments, spawn)
+    }
+
+    /// From a copy of the program in its folder, `balancer`, which a test may replace.
+    pub fn start_copy(arguments: &[&str], set: impl FnOnce(&mut Command)) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let program = dir.path().join("balancer");
+        std::fs::copy(env!("CARGO_BIN_EXE_epagent-balancer"), &program).expect("a copy");
+        let arguments = [&IO_ARGUMENTS, arguments].concat();
+        Self::start_in(dir, Command::new(program), &arguments, |mut command| {
+            set(&mut command);
+            command.spawn()
+        })
+    }
+
+    fn start_in(
+        dir: tempfile::TempDir,
+        mut command: Command,
+        arguments: &[&str],
+        spawn: impl FnOnce(Command) -> std::io::Result<Child>,
+    ) -> Self {
         command.args(["--http", "127.0.0.1:0"]).arg("--control").arg(dir.path().join("control.sock"));
         command.arg("--state").arg(dir.path()).args(arguments).stderr(Stdio::inherit());
         Self::spawned(spawn(command).expect("the balancer starts"), dir)
