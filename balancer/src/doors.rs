@@ -15,6 +15,7 @@ use crate::core::io::{Completion, ListenerId, Op};
 use crate::door::Door;
 use crate::epoll::{Epoll, EpollError};
 use crate::ring::{Ring, RingError};
+use crate::unix::UnixSockets;
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -60,7 +61,8 @@ impl IoChoice {
     pub fn decide(self, buffers: BufferSizes) -> Result<(Io, Option<RingError>), DoorError> {
         let try_ring = || {
             let waker = EventFd::new().map_err(DoorError::Waker)?;
-            Ok(Ring::new(buffers.count, buffers.size_bytes, Arc::new(waker)).map(drop)?)
+            Ok(Ring::new(buffers.count, buffers.size_bytes, Arc::new(waker), UnixSockets::default())
+                .map(drop)?)
         };
         match self {
             Self::Epoll => Ok((Io::Epoll, None)),
@@ -94,11 +96,16 @@ pub enum AnyDoor {
 
 impl AnyDoor {
     /// The calling thread's door, which it alone may use.
-    pub fn open(io: Io, buffers: BufferSizes, waker: Arc<EventFd>) -> Result<Self, DoorError> {
+    pub fn open(
+        io: Io,
+        buffers: BufferSizes,
+        waker: Arc<EventFd>,
+        unix: UnixSockets,
+    ) -> Result<Self, DoorError> {
         let BufferSizes { count, size_bytes } = buffers;
         Ok(match io {
-            Io::Uring => Self::Ring(Box::new(Ring::new(count, size_bytes, waker)?)),
-            Io::Epoll => Self::Epoll(Box::new(Epoll::new(count, size_bytes, waker)?)),
+            Io::Uring => Self::Ring(Box::new(Ring::new(count, size_bytes, waker, unix)?)),
+            Io::Epoll => Self::Epoll(Box::new(Epoll::new(count, size_bytes, waker, unix)?)),
         })
     }
 

@@ -28,5 +28,6 @@ pub mod saved;
 pub mod server;
 pub mod sockets;
 pub mod table;
+pub mod unix;
 pub mod watchdog;
 pub mod worker;

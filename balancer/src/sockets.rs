@@ -5,9 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
-
-use crate::table::UnixPath;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 
 /// A TCP socket to connect to this address with.
 pub fn tcp(address: SocketAddr, flags: SocketFlags) -> rustix::io::Result<OwnedFd> {
@@ -26,21 +24,6 @@ pub fn begin_connect(address: SocketAddr) -> rustix::io::Result<OwnedFd> {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
         Err(error) => Err(error),
     }
-}
-
-/// Connects to a unix socket, which takes no time: its queue has room or is full (EAGAIN). In the ring, a
-/// full one would keep a worker thread of the kernel's waiting.
-pub fn connect_unix(path: &UnixPath) -> rustix::io::Result<OwnedFd> {
-    if path.is_tenants() {
-        // There is no folder of the tenants'.
-        return Err(Errno::NOENT);
-    }
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    connect(&socket, &SocketAddrUnix::new(path.as_str())?)?;
-    // The ring waits itself, where the socket does not say EAGAIN at once.
-    rustix::io::ioctl_fionbio(&socket, false)?;
-    Ok(socket)
 }
 
 /// The error that a socket has, which is none when its connect worked.

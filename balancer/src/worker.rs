@@ -20,6 +20,7 @@ use crate::core::listen::Listen;
 use crate::door::Door;
 use crate::doors::{AnyDoor, BufferSizes, DoorError, Io};
 use crate::table::Table;
+use crate::unix::UnixSockets;
 
 /// Most commands waiting for a thread. The control thread waits for each answer, so few ever do.
 const COMMANDS_MAX: usize = 256;
@@ -103,6 +104,7 @@ impl Worker {
     pub fn start(
         index: u32,
         io: Io,
+        unix: UnixSockets,
         config: Config,
         buffers: BufferSizes,
         log: Option<AccessLog>,
@@ -117,7 +119,7 @@ impl Worker {
         let body = move || {
             let _notice = EndNotice(notices.ended.clone());
             // A door belongs to the thread that makes it.
-            let door = match AnyDoor::open(io, buffers, door_waker) {
+            let door = match AnyDoor::open(io, buffers, door_waker, unix) {
                 Ok(door) => door,
                 Err(error) => {
                     // The starter is waiting for it.

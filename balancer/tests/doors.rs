@@ -2,32 +2,14 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::io::Read;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use common::app::App;
 use common::client::Client;
+use common::denied::spawn_without_rings;
 use common::{Balancer, IO_ARGUMENTS, poll};
 use epagent_balancer::doors::Io;
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
-
-/// Starts a process that is answered EPERM when it sets up a ring, as by a container runtime's filter.
-fn spawn_without_rings(mut command: Command) -> std::io::Result<Child> {
-    let arch = std::env::consts::ARCH.try_into().expect("an architecture that can be filtered");
-    let rules = BTreeMap::from([(nix::libc::SYS_io_uring_setup, Vec::new())]);
-    let denied = SeccompAction::Errno(nix::libc::EPERM as u32);
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, denied, arch).expect("a filter");
-    let program: BpfProgram = filter.try_into().expect("a program");
-    // A filter is its thread's, and of the processes that the thread starts.
-    std::thread::scope(|scope| {
-        let spawn = scope.spawn(move || {
-            apply_filter(&program).expect("a filtered thread");
-            command.spawn()
-        });
-        spawn.join().expect("no panic")
-    })
-}
 
 #[test]
 fn where_rings_are_denied_it_serves_by_epoll_and_says_so() {

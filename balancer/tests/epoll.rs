@@ -23,6 +23,8 @@ mod preface;
 mod process;
 #[path = "tcp.rs"]
 mod tcp;
+#[path = "unix.rs"]
+mod unix;
 #[path = "wake.rs"]
 mod wake;
 

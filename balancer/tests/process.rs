@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::app::{App, respond};
 use common::client::Client;
-use common::{Balancer, checksum, noise, poll, until};
+use common::{Balancer, checksum, cpu_ticks, noise, poll, until};
 use epagent_balancer::control::client::ClientError;
 use epagent_balancer::control::protocol::{ErrorCode, Response};
 use nix::sys::signal::Signal;
@@ -238,13 +238,6 @@ fn out_of_descriptors_it_neither_spins_nor_forgets_clients() {
 
 fn descriptors_used(pid: u32) -> u64 {
     std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors").count() as u64
-}
-
-fn cpu_ticks(pid: u32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("its stat");
-    let after = stat.rsplit_once(')').expect("a name").1;
-    let fields: Vec<&str> = after.split_whitespace().collect();
-    fields[11].parse::<u64>().expect("utime") + fields[12].parse::<u64>().expect("stime")
 }
 
 #[test]

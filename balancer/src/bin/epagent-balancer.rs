@@ -128,6 +128,9 @@ struct CommonArgs {
     /// What to reach the network by; auto is io_uring where it is to be had, else epoll
     #[arg(long, value_enum, default_value = "auto")]
     io: IoChoice,
+    /// Unix sockets of tenants lie below this folder: the upstreams at unix:REL
+    #[arg(long, value_name = "DIR")]
+    unix_root: Option<PathBuf>,
     /// Most client connections [default: what the descriptor limit allows]
     #[arg(long, value_name = "COUNT")]
     max_connections: Option<u64>,
@@ -310,6 +313,7 @@ impl CommonArgs {
             connections_max: self.max_connections,
             buffers: BufferSizes { count: self.buffers, size_bytes: self.buffer_bytes },
             io: self.io,
+            unix_root: self.unix_root.clone(),
             access_log: self.access_log.clone(),
             state_dir: None,
             port_address: IpAddr::from([127, 0, 0, 1]),

@@ -17,6 +17,7 @@ use super::traffic::{Ends, Latency, Responses, add_some};
 use crate::core::histogram::Histogram;
 use crate::doors::Io;
 use crate::table::{Address, Table, UpstreamState};
+use crate::unix::TenantSockets;
 
 /// Longest line either side accepts, in bytes, newline included.
 pub const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -157,6 +158,9 @@ pub struct Status {
     /// What the data path uses.
     #[serde(default)]
     pub io: Io,
+    /// Whether unix sockets of tenants may be upstreams.
+    #[serde(default)]
+    pub tenant_sockets: TenantSockets,
     pub listeners: Vec<ListenerStatus>,
     pub routes: Vec<RouteStatus>,
     /// Also upstreams that have left the table but still have something to finish (`state: removed`).
@@ -264,6 +268,9 @@ pub struct UpstreamStatus {
     pub connections_total: u64,
     /// Connects that failed or timed out.
     pub connect_errors_total: u64,
+    /// Why the last connect failed; absent when it worked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connect_error: Option<String>,
     /// Requests lost because it closed, reset, stalled or broke the protocol after it was given them.
     pub request_errors_total: u64,
     /// The last connect failed; it is tried again every 50 ms, by one request at a time.
@@ -305,6 +312,7 @@ impl UpstreamStatus {
         self.requests_total += other.requests_total;
         self.connections_total += other.connections_total;
         self.connect_errors_total += other.connect_errors_total;
+        self.connect_error = self.connect_error.take().or_else(|| other.connect_error.clone());
         self.request_errors_total += other.request_errors_total;
         self.unreachable |= other.unreachable;
         self.responses.add(&other.responses);
@@ -431,6 +439,17 @@ counters! {
     hello_slow,
     /// TLS connections turned away because no route takes their server name.
     sni_unrouted,
+    /// Connects put off because the queue of an upstream's unix socket was full.
+    unix_queue_full,
+    /// Connects refused because a symlink stood in the path of a tenant's socket.
+    unix_symlink,
+    /// Connects refused because what stood in the place of a tenant's socket was none.
+    unix_no_socket,
+    /// Connects refused because a tenant's socket had several names.
+    unix_several_names,
+    /// Connects to tenants' sockets refused because there is no folder of theirs, or the kernel lacks what
+    /// makes them safe.
+    unix_unavailable,
     /// Upgraded connections.
     upgrades,
     /// Times a receive found no shared buffer free.

@@ -15,9 +15,10 @@ use super::http::answer::Answer;
 use super::io::{Errno, Op, SockId};
 use super::listen::Mode;
 use super::random;
+use super::refusal::Refusal;
 use super::session::{Phase, Role, Sock, UpPhase, UpstreamConn, Wait};
 use super::slab::{RouteKey, UpstreamKey};
-use crate::table::{AllDown, HashBy};
+use crate::table::{Address, AllDown, HashBy};
 
 impl Core {
     /// Gives a waiting client to an upstream of its route, or holds it.
@@ -104,9 +105,7 @@ impl Core {
         self.out.push(Op::Close { sock: id, reset: true });
         self.counters.upstream_connections_open -= 1;
         let Role::Upstream(conn) = sock.role else { return };
-        if let Some(upstream) = self.upstreams.get_mut(conn.upstream) {
-            if error.is_shortage() { upstream.connect_abandoned() } else { upstream.connect_failed(self.now) }
-        }
+        self.note_failed_connect(conn.upstream, error);
         let Some(client) = sock.peer else { return };
         let Some(client_sock) = self.socks.get_mut(client) else { return };
         client_sock.peer = None;
@@ -118,6 +117,10 @@ impl Core {
                 Some(route) => self.hold(client, route),
                 None => self.reroute(client),
             };
+        }
+        if error.is_full_queue() {
+            // It is not asked again for a moment: another is, or the client is held.
+            return self.dispatch(client);
         }
         let tries = self.wait_mut(client).map_or(0, |wait| {
             wait.tries += 1;
@@ -131,6 +134,22 @@ impl Core {
                 self.counters.retried_connect += 1;
                 self.dispatch(client);
             }
+        }
+    }
+
+    /// What a failed connect says of its upstream.
+    fn note_failed_connect(&mut self, key: UpstreamKey, error: Errno) {
+        let Some(upstream) = self.upstreams.get_mut(key) else { return };
+        if error.is_shortage() {
+            upstream.connect_abandoned();
+        } else if error.is_full_queue() {
+            self.counters.unix_queue_full += 1;
+            upstream.connect_put_off(self.now);
+        } else {
+            if let (Some(refusal), Address::Unix(_)) = (Refusal::of(error), &upstream.address) {
+                *refusal.counter(&mut self.counters) += 1;
+            }
+            upstream.connect_failed(self.now, error);
         }
     }
 

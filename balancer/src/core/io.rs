@@ -4,9 +4,11 @@
 //! one of [`Completion`]. The core names sockets by [`SockId`], which it makes itself and never uses twice
 //! within a door's memory, so that an answer meant for a closed socket is recognised and dropped.
 
+use std::fmt;
 use std::net::SocketAddr;
 
 use super::chunk::Chunk;
+use super::refusal::Refusal;
 use super::secure::{Secured, TlsFault};
 use crate::table::Address;
 
@@ -40,6 +42,20 @@ impl Errno {
     /// Whether the process or the machine ran short of something, rather than the peer failing.
     pub fn is_shortage(self) -> bool {
         matches!(self.0, libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS | libc::EADDRNOTAVAIL)
+    }
+
+    /// Whether a connect failed because as many wait at a unix socket as may.
+    pub fn is_full_queue(self) -> bool {
+        self.0 == libc::EAGAIN
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match Refusal::of(*self) {
+            Some(refusal) => refusal.fmt(f),
+            None => std::io::Error::from_raw_os_error(self.0).fmt(f),
+        }
     }
 }
 

@@ -15,6 +15,7 @@
 //! | `routes`, `upstreams` | the table as it runs: hold queues, load, reachability |
 //! | `activity` | how many each route serves, since when nobody, and who starves |
 //! | `actions` | routes that answer by themselves |
+//! | [`refusal`] | why a tenant's unix socket is not connected to |
 //! | `remarks` | what an operator should see in the log |
 //! | [`secure`] | TLS, of which the core sees only when it begins, what it proved, and its end |
 //! | `flow`, [`access`] | one request from its beginning to its end, and what the log is told of it |
@@ -46,6 +47,7 @@ pub mod outbox;
 mod pool;
 pub mod preface;
 mod random;
+pub mod refusal;
 mod remarks;
 mod routes;
 pub mod secure;

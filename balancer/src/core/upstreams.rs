@@ -15,7 +15,7 @@ use std::collections::HashMap;
 
 use super::config::Config;
 use super::flow::Answered;
-use super::io::{Millis, SockId};
+use super::io::{Errno, Millis, SockId};
 use super::random;
 use super::slab::{Slab, UpstreamKey};
 use crate::control::protocol::{ShownState, UpstreamStatus};
@@ -36,6 +36,10 @@ pub struct Upstream {
     pub connecting: u32,
     reach: Reach,
     pub answered: Answered,
+    /// Until then it is not asked again: the queue of its unix socket was full.
+    full_until: Millis,
+    /// Why the last connect failed.
+    failed: Option<Errno>,
     pub requests_total: u64,
     pub connections_total: u64,
     pub connect_errors_total: u64,
@@ -51,7 +55,7 @@ pub enum Standing {
     Due,
     /// It could not be reached; it is tried before its time only when there is nobody else.
     LastResort,
-    /// As many connects to it are under way as may be.
+    /// As many connects to it are under way as may be, or its queue is full.
     Busy,
     /// It could not be reached a moment ago, or somebody is trying right now.
     Away,
@@ -77,6 +81,8 @@ impl Upstream {
             connecting: 0,
             reach: Reach::Good,
             answered: Answered::default(),
+            full_until: 0,
+            failed: None,
             requests_total: 0,
             connections_total: 0,
             connect_errors_total: 0,
@@ -102,12 +108,21 @@ impl Upstream {
 
     pub fn connect_worked(&mut self) {
         self.connecting -= 1;
+        self.failed = None;
         self.connections_total += 1;
         self.reach = Reach::Good;
     }
 
-    pub fn connect_failed(&mut self, now: Millis) {
+    /// It is there, but takes no more for the moment.
+    pub fn connect_put_off(&mut self, now: Millis) {
         self.connecting -= 1;
+        self.reach = Reach::Good;
+        self.full_until = now + Config::HOLD_TICK_MS;
+    }
+
+    pub fn connect_failed(&mut self, now: Millis, error: Errno) {
+        self.connecting -= 1;
+        self.failed = Some(error);
         self.connect_errors_total += 1;
         let backoff_ms = match self.reach {
             Reach::Good => Config::HOLD_TICK_MS,
@@ -124,6 +139,7 @@ impl Upstream {
     pub fn standing(&self, now: Millis) -> Standing {
         match self.reach {
             Reach::Good if self.connecting >= Config::CONNECTING_MAX => Standing::Busy,
+            Reach::Good if now < self.full_until => Standing::Busy,
             Reach::Good => Standing::Ready,
             Reach::Lost { probing: true, .. } => Standing::Away,
             Reach::Lost { tried_at, backoff_ms, .. } if now >= tried_at + backoff_ms => Standing::Due,
@@ -162,6 +178,7 @@ impl Upstream {
             requests_total: self.requests_total,
             connections_total: self.connections_total,
             connect_errors_total: self.connect_errors_total,
+            connect_error: self.failed.map(|error| error.to_string()),
             request_errors_total: self.request_errors_total,
             unreachable: self.is_lost(),
             responses: self.answered.responses,

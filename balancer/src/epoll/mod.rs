@@ -41,6 +41,7 @@ use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, Soc
 use crate::door::Door;
 use crate::sockets;
 use crate::table::Address;
+use crate::unix::UnixSockets;
 
 /// Most events taken in one wake.
 const EVENTS_MAX: usize = 1024;
@@ -62,6 +63,7 @@ pub struct Epoll {
     /// The last wake did not look at epoll.
     skipped: bool,
     buffers: Buffers,
+    unix: UnixSockets,
     /// Open for as long as it is registered.
     _waker: Arc<EventFd>,
 }
@@ -89,7 +91,12 @@ enum Token {
 
 impl Epoll {
     /// A door that receives into buffers of `buffer_size` bytes, and keeps `buffer_count` for the next time.
-    pub fn new(buffer_count: u16, buffer_size: usize, waker: Arc<EventFd>) -> Result<Self, EpollError> {
+    pub fn new(
+        buffer_count: u16,
+        buffer_size: usize,
+        waker: Arc<EventFd>,
+        unix: UnixSockets,
+    ) -> Result<Self, EpollError> {
         let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(|error| EpollError::Create(error.into()))?;
         // Edge-triggered each write to it is news, and its count need not be read.
         epoll::add(&epoll, &waker, Token::Waker.pack(), EventFlags::IN | EventFlags::ET)
@@ -104,6 +111,7 @@ impl Epoll {
             ready: Vec::new(),
             skipped: false,
             buffers: Buffers::new(usize::from(buffer_count), buffer_size),
+            unix,
             _waker: waker,
         })
     }
@@ -223,7 +231,7 @@ impl Epoll {
     /// A connect to a unix socket is over at once; one by TCP when the socket can be written to.
     fn connect(&mut self, sock: SockId, address: &Address) -> rustix::io::Result<()> {
         let slot = match address {
-            Address::Unix(path) => Slot::new(sock, sockets::connect_unix(path)?, Interest::Reading),
+            Address::Unix(path) => Slot::new(sock, self.unix.connect(path)?, Interest::Reading),
             Address::Tcp(address) => {
                 let socket = sockets::begin_connect(*address)?;
                 let slot = Slot::new(sock, socket, Interest::ReadingAndWriting);

@@ -37,6 +37,7 @@ use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, Rec
 use crate::door::Door;
 use crate::sockets;
 use crate::table::Address;
+use crate::unix::UnixSockets;
 
 /// Entries of the submission queue; a batch with more of them enters more than once.
 const SUBMISSIONS: u32 = 1024;
@@ -61,6 +62,7 @@ pub struct Ring {
     /// What the kernel reads the waker's count into.
     woken: Box<u64>,
     wake_armed: bool,
+    unix: UnixSockets,
 }
 
 /// A socket of the core's.
@@ -94,7 +96,12 @@ pub enum RingError {
 
 impl Ring {
     /// Sets up a ring for the calling thread, which alone may use it.
-    pub fn new(buffer_count: u16, buffer_size: usize, waker: Arc<EventFd>) -> Result<Self, RingError> {
+    pub fn new(
+        buffer_count: u16,
+        buffer_size: usize,
+        waker: Arc<EventFd>,
+        unix: UnixSockets,
+    ) -> Result<Self, RingError> {
         let uring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
@@ -124,6 +131,7 @@ impl Ring {
             waker,
             woken: Box::new(0),
             wake_armed: false,
+            unix,
         })
     }
 
@@ -174,7 +182,7 @@ impl Ring {
         *self.slot_mut(sock.index) = Slot { generation: sock.generation, ..Slot::default() };
         let made = match address {
             Address::Tcp(address) => sockets::tcp(*address, SocketFlags::empty()),
-            Address::Unix(path) => sockets::connect_unix(path),
+            Address::Unix(path) => self.unix.connect(path),
         };
         let fd = match made {
             Ok(socket) => socket.into_raw_fd(),

@@ -45,6 +45,7 @@ use crate::notify::Notifier;
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
 use crate::table::Table;
+use crate::unix::{FolderError, UnixSockets};
 use crate::watchdog::Watchdog;
 use crate::worker::{Command, Notices, StartError, Worker};
 
@@ -60,6 +61,8 @@ pub struct Options {
     pub buffers: BufferSizes,
     /// io_uring, epoll, or what is to be had.
     pub io: IoChoice,
+    /// Below it, tenants have unix sockets that are upstreams.
+    pub unix_root: Option<PathBuf>,
     /// Where the table is kept; without it, nothing survives the process.
     pub state_dir: Option<PathBuf>,
     /// Where listeners for routes by port are bound.
@@ -91,6 +94,8 @@ pub struct Options {
 pub enum ServerError {
     #[error("cannot open the door to the network")]
     Door(#[from] DoorError),
+    #[error(transparent)]
+    UnixRoot(#[from] FolderError),
     #[error("cannot start a data-path thread")]
     Worker(#[from] StartError),
     #[error("cannot use a listener")]
@@ -112,6 +117,7 @@ pub enum ServerError {
 /// A running balancer.
 pub struct Server {
     io: Io,
+    unix: UnixSockets,
     workers: Vec<Worker>,
     listeners: Listeners,
     control: Option<ControlServer>,
@@ -149,6 +155,7 @@ impl Server {
             Some(why) => log(&format!("using epoll, since io_uring is not to be had: {}", chain(&why))),
             None => log(&format!("using {io}")),
         }
+        let unix = UnixSockets::below(options.unix_root.as_deref())?;
         let threads = options.threads.max(1);
         let connections_max = options.connections_max.unwrap_or_else(connections_by_descriptors);
         let config = Config {
@@ -162,8 +169,17 @@ impl Server {
             options.access_log.as_deref().map(AccessLog::open).transpose().map_err(ServerError::AccessLog)?;
         let remarks = say::start_remarking().map_err(ServerError::Log)?;
         let notices = Notices { ended: worker_ended.clone(), starved: starved.clone(), remarks };
-        let start =
-            |index| Worker::start(index, io, config.clone(), options.buffers, log.clone(), notices.clone());
+        let start = |index| {
+            Worker::start(
+                index,
+                io,
+                unix.clone(),
+                config.clone(),
+                options.buffers,
+                log.clone(),
+                notices.clone(),
+            )
+        };
         let workers = (0..threads).map(start).collect::<Result<Vec<_>, _>>()?;
         let mut listeners = Listeners::new(options.port_address);
         for inherited in options.inherited {
@@ -180,6 +196,7 @@ impl Server {
         let table = handed.or_else(|| saved.as_ref().and_then(load_saved)).unwrap_or(options.table);
         let mut server = Self {
             io,
+            unix,
             workers,
             listeners,
             control,
@@ -225,7 +242,8 @@ impl Server {
 
     /// Puts the first table and the listeners into effect; after a handover not before it is our turn.
     fn begin(&mut self, taking: Option<Taking>) -> Result<(), ServerError> {
-        let problems = self.listeners.bind_for(&self.table).1;
+        let mut problems = self.listeners.bind_for(&self.table).1;
+        problems.extend(self.unix.problems(&self.table));
         for problem in &problems {
             log(&format!("route {}: {}", problem.route.as_deref().unwrap_or("-"), problem.message));
         }

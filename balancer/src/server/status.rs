@@ -29,6 +29,7 @@ impl Server {
             table_version: self.table.version,
             threads: self.workers.len() as u32,
             io: self.io,
+            tenant_sockets: self.unix.tenants(),
             listeners: self.listeners.status(),
             ..Status::default()
         };

@@ -26,6 +26,7 @@ impl Server {
         let table = Arc::new(table);
         let (added, mut problems) = self.listeners.bind_for(&table);
         self.store(&added);
+        problems.extend(self.unix.problems(&table));
         if let Some(saved) = &self.saved
             && let Err(error) = saved.save(&table)
         {

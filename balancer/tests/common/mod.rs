@@ -7,6 +7,7 @@
 
 pub mod app;
 pub mod client;
+pub mod denied;
 pub mod generations;
 pub mod hello;
 
@@ -222,6 +223,14 @@ const fn is_same(a: &str, b: &str) -> bool {
         at += 1;
     }
     same
+}
+
+/// User and system time that a process has had, in ticks of 10 ms.
+pub fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("its stat");
+    let after = stat.rsplit_once(')').expect("a name").1;
+    let fields: Vec<&str> = after.split_whitespace().collect();
+    fields[11].parse::<u64>().expect("utime") + fields[12].parse::<u64>().expect("stime")
 }
 
 /// Waits until `attempt` has something to give.

@@ -1,6 +1,7 @@
 //! Who is chosen, how often, and what is said when nobody is.
 
 use super::*;
+use crate::core::io::Errno;
 use crate::core::routes::Routes;
 use crate::core::slab::RouteKey;
 use crate::table::Table;
@@ -67,7 +68,7 @@ impl Fleet {
     fn lose(&mut self, n: usize) {
         let now = self.now;
         self.upstream(n).connect_begins();
-        self.upstream(n).connect_failed(now);
+        self.upstream(n).connect_failed(now, Errno(libc::ECONNREFUSED));
     }
 
     /// How often each is chosen.
