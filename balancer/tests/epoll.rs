@@ -11,6 +11,8 @@ mod actions;
 mod conformance;
 #[path = "deploy.rs"]
 mod deploy;
+#[path = "forwarded.rs"]
+mod forwarded;
 #[path = "handover.rs"]
 mod handover;
 #[path = "hold.rs"]

@@ -17,6 +17,9 @@ use super::session::Request;
 pub struct Access {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client: Option<IpAddr>,
+    /// What the request is called, to the app and in an answer of ours.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub request_id: String,
     /// Absent of plain connections and of refused heads.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub method: String,
@@ -82,6 +85,7 @@ impl Core {
         let shown = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Access {
             client: flow.address.map(|address| address.ip().to_canonical()),
+            request_id: request.map(|request| shown(request.id())).unwrap_or_default(),
             method: request.map(|request| shown(request.method())).unwrap_or_default(),
             target: request.map(|request| shown(request.target())).unwrap_or_default(),
             host: match request {
@@ -115,6 +119,11 @@ impl Core {
 }
 
 impl Request {
+    /// What it is called.
+    pub fn id(&self) -> &[u8] {
+        self.forward.get(self.id.clone()).unwrap_or_default()
+    }
+
     pub fn method(&self) -> &[u8] {
         self.forward.split(|b| *b == b' ').next().unwrap_or_default()
     }

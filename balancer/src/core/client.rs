@@ -5,6 +5,7 @@ use super::config::Config;
 use super::engine::Core;
 use super::flow::{Flow, Outcome};
 use super::http::answer::Answer;
+use super::http::forwarded::Caller;
 use super::http::head::{self, Scan, Version};
 use super::http::request;
 use super::io::{Op, SockId};
@@ -87,7 +88,10 @@ impl Core {
             http.inbuf = Vec::new();
             sock.finish = Finish::Linger { until: None };
         }
-        let (head, body) = write(request.as_ref(), keep_alive);
+        let (mut head, body) = write(request.as_ref(), keep_alive);
+        if let Some(request) = &request {
+            name_request(&mut head, request.id());
+        }
         let mut flow = match &request {
             Some(request) => request.flow.clone(),
             None => Flow::new(address, now_us),
@@ -160,9 +164,13 @@ impl Core {
         };
         http.scanned = 0;
         http.head_since = None;
-        let address = http.address;
-        let peer = address.map(|address| address.ip());
-        let judged = head::parse_request(&chunk[start..end]).and_then(|head| request::plan(&head, peer));
+        let caller = Caller {
+            address: http.address.map(|address| address.ip().to_canonical()),
+            secure: http.secured.is_some(),
+            trusted: http.listen.trusted,
+            id: self.request_ids.make(),
+        };
+        let judged = head::parse_request(&chunk[start..end]).and_then(|head| request::plan(&head, &caller));
         match judged {
             Ok(plan) => self.begin(id, plan, end - start),
             Err(error) => return self.refuse(id, Answer::Refused(error)),
@@ -192,6 +200,7 @@ impl Core {
             wait,
             host: plan.host,
             forward: Chunk::owned(plan.forward),
+            id: plan.id,
             body: plan.body,
             version: plan.version,
             is_head: plan.is_head,
@@ -278,6 +287,14 @@ impl Sock {
             Role::Tcp(_) | Role::Preface(_) => true,
             _ => false,
         }
+    }
+}
+
+/// Tells a client what its request is called, as the first field of a response of our own.
+fn name_request(head: &mut Vec<u8>, id: &[u8]) {
+    if let Some(line_end) = head.windows(2).position(|pair| pair == b"\r\n") {
+        let field = [&b"\r\nX-Request-Id: "[..], id].concat();
+        head.splice(line_end..line_end, field);
     }
 }
 

@@ -11,6 +11,8 @@ pub struct Config {
     pub threads: u32,
     /// What the choices that look random start from: the same seed, the same choices.
     pub seed: u64,
+    /// What the names of requests start from; no two threads of any balancers have the same.
+    pub request_id_seed: [u64; 2],
     /// Note every request's end for the access log.
     pub access_log: bool,
     /// A request head larger than this gets 431.
@@ -78,6 +80,7 @@ impl Default for Config {
             connections_max: 50_000,
             threads: 1,
             seed: 0,
+            request_id_seed: [0; 2],
             access_log: false,
             head_bytes_max: 32 * 1024,
             head_timeout_ms: 10_000,

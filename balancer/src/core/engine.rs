@@ -16,6 +16,7 @@ use super::access::Access;
 use super::chunk::Chunk;
 use super::config::Config;
 use super::histogram::Micros;
+use super::http::request_id::RequestIds;
 use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
 use super::listen::Listen;
 use super::preface::Origin;
@@ -60,6 +61,7 @@ pub struct Core {
     /// What is said in place of our own answers, by their codes.
     pub(super) pages: HashMap<String, Rc<Page>>,
     pub(super) remarks: Remarks,
+    pub(super) request_ids: RequestIds,
     listeners: BTreeMap<ListenerId, Listener>,
     accept_after: Option<Millis>,
 }
@@ -83,7 +85,12 @@ pub struct Snapshot {
 
 impl Core {
     pub fn new(config: Config) -> Self {
-        Self { random: Random::new(config.seed), config, ..Self::default() }
+        Self {
+            random: Random::new(config.seed),
+            request_ids: RequestIds::new(config.request_id_seed),
+            config,
+            ..Self::default()
+        }
     }
 
     /// Takes in one completion.

@@ -15,6 +15,7 @@
 //! A client and the upstream connection that serves it name each other as `peer`; nothing else links them.
 
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::rc::Rc;
 
 use super::actions::Reply;
@@ -23,6 +24,7 @@ use super::flow::Flow;
 use super::http::body::Body;
 use super::http::head::Version;
 use super::io::{Millis, SockId};
+use super::listen::Listen;
 use super::outbox::Outbox;
 use super::preface::{Origin, Preface};
 use super::secure::{Secured, Tls};
@@ -128,6 +130,7 @@ pub struct TcpClient {
 #[derive(Debug)]
 pub struct HttpClient {
     pub address: Option<SocketAddr>,
+    pub listen: Listen,
     /// What TLS proved, where the client speaks it.
     pub secured: Option<Box<Secured>>,
     pub phase: Phase,
@@ -160,6 +163,8 @@ pub struct Request {
     pub host: String,
     /// The head to send upstream.
     pub forward: Chunk,
+    /// Where in it the request's name is.
+    pub id: Range<usize>,
     pub body: Body,
     pub version: Version,
     pub is_head: bool,
@@ -285,6 +290,7 @@ impl HttpClient {
     pub fn new(origin: Origin, now: Millis) -> Self {
         Self {
             address: origin.source,
+            listen: origin.listen,
             secured: None,
             phase: Phase::Head,
             inbuf: Vec::new(),

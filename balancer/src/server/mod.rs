@@ -170,15 +170,8 @@ impl Server {
         let remarks = say::start_remarking().map_err(ServerError::Log)?;
         let notices = Notices { ended: worker_ended.clone(), starved: starved.clone(), remarks };
         let start = |index| {
-            Worker::start(
-                index,
-                io,
-                unix.clone(),
-                config.clone(),
-                options.buffers,
-                log.clone(),
-                notices.clone(),
-            )
+            let config = Config { request_id_seed: [random_seed(), random_seed()], ..config.clone() };
+            Worker::start(index, io, unix.clone(), config, options.buffers, log.clone(), notices.clone())
         };
         let workers = (0..threads).map(start).collect::<Result<Vec<_>, _>>()?;
         let mut listeners = Listeners::new(options.port_address);

@@ -1,9 +1,9 @@
 //! Judging a request: is it unambiguous, whom is it for, how long is its body, and what is passed on.
 
-use std::io::Write;
-use std::net::IpAddr;
+use std::ops::Range;
 
 use super::body::Body;
+use super::forwarded::{self, Caller, same_variable};
 use super::head::{Field, HeadError, RequestHead, Version};
 use crate::table::normal_host;
 
@@ -26,6 +26,8 @@ pub struct RequestPlan {
     pub expects: bool,
     /// The head to send upstream, always HTTP/1.1.
     pub forward: Vec<u8>,
+    /// Where in it the request's name is.
+    pub id: Range<usize>,
 }
 
 /// Fields that concern one connection only, besides those that Connection names (RFC 9110 §7.6.1). The
@@ -40,20 +42,6 @@ const HOP_BY_HOP: [&str; 9] = [
     "upgrade",
     "http2-settings",
     "transfer-encoding",
-];
-
-/// Fields by which an app learns who called. Only the balancer's own word counts, so a client's are
-/// dropped, also when spelled with underscores: CGI-style servers read both spellings as one variable.
-const OWN_WORD: [&str; 9] = [
-    "x-forwarded-for",
-    "x-forwarded-proto",
-    "x-forwarded-host",
-    "x-forwarded-port",
-    "x-forwarded-server",
-    "x-forwarded-prefix",
-    "x-forwarded-ssl",
-    "x-real-ip",
-    "forwarded",
 ];
 
 /// Fields a client cannot have removed by naming them in Connection.
@@ -73,8 +61,8 @@ struct Facts<'a> {
     nominated: Vec<&'a [u8]>,
 }
 
-/// Judges a request head that came from `peer`.
-pub fn plan(head: &RequestHead<'_>, peer: Option<IpAddr>) -> Result<RequestPlan, HeadError> {
+/// Judges a request head that came from this caller.
+pub fn plan(head: &RequestHead<'_>, caller: &Caller) -> Result<RequestPlan, HeadError> {
     if head.method == b"CONNECT" {
         return Err(HeadError::Connect);
     }
@@ -97,6 +85,7 @@ pub fn plan(head: &RequestHead<'_>, peer: Option<IpAddr>) -> Result<RequestPlan,
         let prior_knowledge = protocol.len() >= 2 && protocol[..2].eq_ignore_ascii_case(b"h2");
         facts.connection_upgrade && head.version == Version::Http11 && !prior_knowledge
     });
+    let (forward, id) = write_forward(head, target, host_value, &facts, upgrade, caller);
     Ok(RequestPlan {
         host,
         version: head.version,
@@ -108,7 +97,8 @@ pub fn plan(head: &RequestHead<'_>, peer: Option<IpAddr>) -> Result<RequestPlan,
         },
         upgrade: upgrade.is_some(),
         expects: facts.expects && head.version == Version::Http11,
-        forward: write_forward(head, target, host_value, &facts, upgrade, peer),
+        forward,
+        id,
         body,
     })
 }
@@ -217,17 +207,17 @@ fn write_forward(
     host: &[u8],
     facts: &Facts<'_>,
     upgrade: Option<&[u8]>,
-    peer: Option<IpAddr>,
-) -> Vec<u8> {
+    caller: &Caller,
+) -> (Vec<u8>, Range<usize>) {
     let size: usize = head.fields.iter().map(|field| field.name.len() + field.value.len() + 4).sum();
-    let mut out = Vec::with_capacity(size + head.method.len() + target.rest.len() + 2 * host.len() + 192);
+    let mut out = Vec::with_capacity(size + head.method.len() + target.rest.len() + 3 * host.len() + 320);
     out.extend_from_slice(head.method);
     out.extend_from_slice(if target.slash { b" /" } else { b" " });
     out.extend_from_slice(target.rest);
     out.extend_from_slice(b" HTTP/1.1\r\n");
     write_field(&mut out, b"Host", host);
     for field in &head.fields {
-        if passes_on(field, facts, head.version) {
+        if passes_on(field, facts, head.version) && forwarded::passes(field, caller) {
             write_field(&mut out, field.name, field.value);
         }
     }
@@ -238,21 +228,16 @@ fn write_forward(
         write_field(&mut out, b"Connection", b"upgrade");
         write_field(&mut out, b"Upgrade", protocol);
     }
-    if let Some(peer) = peer {
-        // Writing to a vector cannot fail.
-        let _ = write!(out, "X-Forwarded-For: {}\r\n", peer.to_canonical());
-    }
-    write_field(&mut out, b"X-Forwarded-Proto", b"http");
-    write_field(&mut out, b"X-Forwarded-Host", host);
+    let id = forwarded::write(&mut out, &head.fields, caller, host);
     out.extend_from_slice(b"\r\n");
-    out
+    (out, id)
 }
 
 fn passes_on(field: &Field<'_>, facts: &Facts<'_>, version: Version) -> bool {
     if field.is("host") || HOP_BY_HOP.iter().any(|name| field.is(name)) {
         return false;
     }
-    if OWN_WORD.iter().any(|name| same_variable(field.name, name)) || is_disguised(field.name) {
+    if is_disguised(field.name) {
         return false;
     }
     // RFC 9110 §10.1.1: an expectation in an HTTP/1.0 request is ignored.
@@ -261,12 +246,6 @@ fn passes_on(field: &Field<'_>, facts: &Facts<'_>, version: Version) -> bool {
     }
     let nominated = facts.nominated.iter().any(|name| field.name.eq_ignore_ascii_case(name));
     !nominated || NEVER_NOMINATED.iter().any(|name| field.is(name))
-}
-
-/// Whether a CGI-style server reads both names as one variable.
-fn same_variable(given: &[u8], name: &str) -> bool {
-    let fold = |b: &u8| if *b == b'_' { b'-' } else { b.to_ascii_lowercase() };
-    given.len() == name.len() && given.iter().map(fold).eq(name.bytes())
 }
 
 /// Whether it is a framing or routing field spelled with underscores.
