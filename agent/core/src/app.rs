@@ -29,6 +29,7 @@
 mod candidate;
 #[cfg(test)]
 mod simulation;
+mod sleep;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -59,6 +60,12 @@ pub struct View {
     pub crashes: BTreeMap<(ProcessName, u32), Crash>,
     /// Whether the balancer has taken the table that the present phases ask for.
     pub table_current: bool,
+    /// Processes that were stopped because nobody asked for them.
+    pub asleep: BTreeSet<ProcessName>,
+    /// How long nobody has asked for a process. Absent: somebody does, or it is not known.
+    pub idle_ms: BTreeMap<ProcessName, u64>,
+    /// Processes somebody waits for, with no instance to answer.
+    pub awaited: BTreeSet<ProcessName>,
 }
 
 /// What one deploy runs.
@@ -132,6 +139,14 @@ pub enum Action {
     Recycle {
         id: JailId,
     },
+    /// Nobody asks for the process: it is to have no instances until somebody does.
+    Sleep {
+        process: ProcessName,
+    },
+    /// Somebody asks for the process.
+    Wake {
+        process: ProcessName,
+    },
     /// Record how it ended and remove what is left of it.
     Forget {
         id: JailId,
@@ -151,15 +166,25 @@ pub enum Action {
 
 impl View {
     /// How many instances of `process` are wanted of this generation. A candidate's are wanted also while the app is
-    /// stopped: what it brings up is what starts the app again.
+    /// stopped or asleep: what it brings up is what starts the app again.
     pub fn count(&self, generation: &Generation, process: &ProcessName) -> u32 {
         let is_candidate =
             self.candidate.as_ref().is_some_and(|candidate| candidate.generation.deploy == generation.deploy);
-        if !self.wanted && !is_candidate {
+        if !is_candidate && (!self.wanted || self.asleep.contains(process)) {
             return 0;
         }
         let asked = self.scale.get(process).copied();
         generation.spec.processes.get(process).map_or(0, |found| asked.unwrap_or(found.instances))
+    }
+
+    /// Processes of which an instance can answer.
+    pub fn answering(&self) -> BTreeSet<ProcessName> {
+        let answers = |instance: &&Instance| {
+            instance.state == InstanceState::Running
+                && instance.health == Health::Healthy
+                && self.is_serving(instance)
+        };
+        self.instances.iter().filter(answers).map(|instance| instance.process.clone()).collect()
     }
 
     /// Processes whose requests are held and whose old instances make room, because a candidate replaces them.
@@ -208,6 +233,7 @@ pub fn plan(view: &View, now_ms: u64) -> Vec<Action> {
     let mut actions = Vec::new();
     end_instances(view, now_ms, &mut actions);
     if let Some(serving) = &view.serving {
+        sleep::plan(view, serving, now_ms, &mut actions);
         keep_serving(view, serving, now_ms, &mut actions);
     }
     if let Some(candidate) = &view.candidate {

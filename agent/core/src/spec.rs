@@ -32,6 +32,9 @@ pub struct ProcessSpec {
     pub command: String,
     /// How many instances, 0 to [`INSTANCES_MAX`], unless `epagent scale` says otherwise.
     pub instances: u32,
+    /// It may be stopped while nobody asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sleep: Option<SleepSpec>,
     pub deploy: Strategy,
     pub stop: StopSpec,
     pub health: HealthSpec,
@@ -42,6 +45,18 @@ pub struct ProcessSpec {
 pub const INSTANCES_MAX: u32 = 64;
 /// The port an app is told to listen on. Each instance has an address of its own, so one number serves all.
 pub const APP_PORT: u16 = 8000;
+
+/// When a process that nobody asks for is stopped; a request that comes then waits until it is started again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SleepSpec {
+    pub idle_after_ms: u64,
+}
+
+impl Default for SleepSpec {
+    fn default() -> Self {
+        Self { idle_after_ms: 300_000 }
+    }
+}
 
 /// How a new release takes over from the old one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +107,13 @@ pub enum Check {
     Exec(String),
     /// The process runs. For processes that serve no port.
     Running,
+}
+
+impl Check {
+    /// Whether it runs something in the instance.
+    pub fn is_command(&self) -> bool {
+        matches!(self, Check::Exec(_))
+    }
 }
 
 impl HealthSpec {

@@ -1,6 +1,8 @@
 //! `[process.NAME]`: the command, how many, how it is stopped, checked and limited.
 
-use epagent_core::spec::{Check, HealthSpec, INSTANCES_MAX, Limits, ProcessSpec, StopSpec, Strategy};
+use epagent_core::spec::{
+    Check, HealthSpec, INSTANCES_MAX, Limits, ProcessSpec, SleepSpec, StopSpec, Strategy,
+};
 
 use super::ManifestError;
 use super::document::command;
@@ -17,6 +19,8 @@ const CHECK_MS_MAX: u64 = 600_000;
 const CHECKS_MAX: u32 = 100;
 const DEADLINE_MS_MIN: u64 = 1_000;
 const DEADLINE_MS_MAX: u64 = 3_600_000;
+const IDLE_MS_MIN: u64 = 1_000;
+const IDLE_MS_MAX: u64 = 86_400_000;
 const HTTP_PATH_BYTES_MAX: usize = 1024;
 const MEMORY_BYTES_MIN: u64 = 4 << 20;
 const CPU_PERCENT_MAX: u32 = 6_400;
@@ -35,14 +39,39 @@ pub(super) fn process(
     default_strategy: Strategy,
 ) -> Result<ProcessSpec, ManifestError> {
     table.only(&["command", "instances", "deploy", "stop", "health", "limits"])?;
+    let (instances, sleep) =
+        table.get("instances").map_or(Ok((1, None)), |item| instances(&item, is_routed))?;
     Ok(ProcessSpec {
         command: command(&table.require("command", "command = \"…\"")?)?,
-        instances: table.get("instances").map_or(Ok(1), |item| item.integer(0..=INSTANCES_MAX))?,
+        instances,
+        sleep,
         deploy: table.get("deploy").map_or(Ok(default_strategy), |item| strategy(&item))?,
         stop: table.get("stop").map_or(Ok(StopSpec::default()), |item| stop(&item.table()?))?,
         health: health(table.get("health").map(|item| item.table()).transpose()?.as_ref(), is_routed)?,
         limits: table.get("limits").map_or(Ok(Limits::default()), |item| limits(&item.table()?))?,
     })
+}
+
+/// A number; or `{ min = 0 }`, with which the process sleeps while nobody asks for it and has `max` instances, 1 unless
+/// it says otherwise, while somebody does.
+fn instances(item: &Item<'_>, is_routed: bool) -> Result<(u32, Option<SleepSpec>), ManifestError> {
+    let Ok(table) = item.table() else { return Ok((item.integer(0..=INSTANCES_MAX)?, None)) };
+    table.only(&["min", "max", "idle_after"])?;
+    let min = table.require("min", "min = 0")?;
+    if min.integer(0..=INSTANCES_MAX)? > 0 {
+        let error = min.error("`min` can only be 0: a process is there, or it sleeps");
+        return Err(error.with_help("write a fixed number as `instances = 2`"));
+    }
+    if !is_routed {
+        let error = item.error("no route leads to this process, so that nothing would ever wake it");
+        return Err(error.with_help("add a `[[route]]` to it, or write a fixed number"));
+    }
+    let max = table.get("max").map_or(Ok(1), |max| max.integer(1..=INSTANCES_MAX))?;
+    let mut sleep = SleepSpec::default();
+    if let Some(item) = table.get("idle_after") {
+        sleep.idle_after_ms = item.duration_ms(IDLE_MS_MIN..=IDLE_MS_MAX)?;
+    }
+    Ok((max, Some(sleep)))
 }
 
 fn strategy(item: &Item<'_>) -> Result<Strategy, ManifestError> {

@@ -124,6 +124,7 @@ fn process_spec(command: &str, is_web: bool) -> ProcessSpec {
     ProcessSpec {
         command: command.to_owned(),
         instances: 1,
+        sleep: None,
         deploy: Strategy::Overlap,
         stop: StopSpec::default(),
         health: HealthSpec::new(if is_web { Check::Tcp } else { Check::Running }),

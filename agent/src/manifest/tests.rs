@@ -1,6 +1,8 @@
 //! Manifests that are right, and what is said of those that are not.
 
-use epagent_core::spec::{AppSpec, Check, Limits, RouteMatch, Strategy};
+mod front;
+
+use epagent_core::spec::{AppSpec, Check, Limits, RouteMatch, SleepSpec, Strategy};
 
 use super::{ManifestError, Overrides, parse_procfile, parse_toml};
 

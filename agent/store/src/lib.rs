@@ -22,6 +22,7 @@
 //! | [`deploy`] | deploys, deploy_steps |
 //! | [`instance`] | instances |
 //! | [`route`] | route_words, route_drains, routes_taken: what operators say, what the balancer took |
+//! | `sleep` | asleep |
 //! | [`event`] | events |
 //! | [`trouble`] | errors |
 //! | `counter` | settings |
@@ -46,6 +47,7 @@ pub mod release;
 pub mod route;
 mod row;
 pub mod secret;
+mod sleep;
 pub mod trouble;
 mod write;
 

@@ -100,7 +100,8 @@ pub struct Version {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct App {
     pub app: String,
-    /// `running`, `stopped`, `new` (nothing deployed yet), `degraded` (fewer healthy instances than wanted).
+    /// `running`, `stopped`, `new` (nothing deployed yet), `degraded` (fewer healthy instances than wanted), `idle`
+    /// (all of it sleeps until somebody asks for it).
     pub state: String,
     pub release: Option<u32>,
     pub processes: BTreeMap<String, ProcessStatus>,
@@ -219,7 +220,8 @@ pub struct Instance {
     pub process: String,
     pub index: u32,
     pub release: u32,
-    /// `starting`, `checking`, `healthy`, `unhealthy`, `draining`, `stopping`, `exited`, `waiting` (for a restart).
+    /// `starting`, `checking`, `healthy`, `unhealthy`, `draining`, `stopping`, `exited`, `waiting` (for a restart);
+    /// `idle`: no instance, but a process that sleeps until somebody asks for it.
     pub state: String,
     /// The instance's init as the host sees it.
     pub pid: Option<i32>,

@@ -13,6 +13,12 @@ pub const LINE_BYTES_MAX: usize = 4 << 20;
 pub enum Request {
     SetTable(Table),
     Status {},
+    /// Answered when a route with nobody to answer begins to hold something, or when the time is up.
+    Wait {
+        /// The `sequence` of the last answer; 0 at first.
+        since: u64,
+        timeout_ms: u64,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -20,6 +26,7 @@ pub enum Request {
 pub enum Response {
     Ack(Ack),
     Status(Status),
+    Waited(Waited),
     Error(Refused),
 }
 
@@ -121,7 +128,25 @@ pub struct Refused {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     pub table_version: u64,
+    pub routes: Vec<RouteStatus>,
     pub upstreams: Vec<UpstreamStatus>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteStatus {
+    pub id: String,
+    /// Requests and connections now, held ones included.
+    pub active: u64,
+    /// How long there have been none.
+    pub idle_ms: u64,
+}
+
+/// The wait is over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waited {
+    pub sequence: u64,
+    /// Ids of the routes that hold something and have no upstream that is up, now.
+    pub routes: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

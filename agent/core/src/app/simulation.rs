@@ -1,11 +1,13 @@
 //! A seeded world around [`plan`](super::plan): instances start, become healthy, crash and end at random moments,
 //! actions get lost, and the caller is killed between any two of them. Each seed can be replayed by its number.
 
+mod sleeping;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::*;
-use crate::spec::{Check, HealthSpec, Limits, ProcessSpec, StopSpec};
+use crate::spec::{Check, HealthSpec, Limits, ProcessSpec, SleepSpec, StopSpec, Strategy};
 
 /// xorshift64*: small, seeded and good enough to shake a state machine.
 struct Random(u64);
@@ -27,6 +29,7 @@ fn spec(strategy: Strategy, instances: u32) -> Arc<AppSpec> {
     let web = ProcessSpec {
         command: "serve".to_owned(),
         instances,
+        sleep: None,
         deploy: strategy,
         stop: StopSpec::default(),
         health: HealthSpec { deadline_ms: 5_000, ..HealthSpec::new(Check::Tcp) },
@@ -54,6 +57,7 @@ struct World {
     broken: Option<DeployId>,
     ended: Option<Phase>,
     strategy: Strategy,
+    sleep: Option<SleepSpec>,
     /// Instances that were asked to end.
     asked: BTreeSet<JailId>,
     /// Instances that are up in the table the balancer has.
@@ -73,6 +77,9 @@ impl World {
             instances: Vec::new(),
             crashes: BTreeMap::new(),
             table_current: false,
+            asleep: BTreeSet::new(),
+            idle_ms: BTreeMap::new(),
+            awaited: BTreeSet::new(),
         };
         let random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         Self {
@@ -83,6 +90,7 @@ impl World {
             broken: None,
             ended: None,
             strategy,
+            sleep: None,
             asked: BTreeSet::new(),
             taken: BTreeSet::new(),
             deaf: false,
@@ -91,11 +99,12 @@ impl World {
     }
 
     fn deploy(&mut self, id: i64, instances: u32) {
-        let generation = Generation {
-            deploy: DeployId(id),
-            release: ReleaseNumber(id as u32),
-            spec: spec(self.strategy, instances),
-        };
+        let mut spec = spec(self.strategy, instances);
+        if let Some(sleep) = &self.sleep {
+            let web = Arc::make_mut(&mut spec).processes.values_mut();
+            web.for_each(|process| process.sleep = Some(sleep.clone()));
+        }
+        let generation = Generation { deploy: DeployId(id), release: ReleaseNumber(id as u32), spec };
         self.view.candidate = Some(Candidate { generation, phase: Phase::Starting });
         self.view.table_current = false;
         self.ended = None;
@@ -142,6 +151,11 @@ impl World {
                 self.view.instances.retain(|instance| instance.id != id);
             }
             Action::Recycle { id } => self.apply(Action::Drain { id }),
+            Action::Sleep { process } => {
+                assert!(!self.view.awaited.contains(&process), "it sleeps while somebody waits for it");
+                assert!(self.view.asleep.insert(process), "it sleeps already");
+            }
+            Action::Wake { process } => assert!(self.view.asleep.remove(&process), "it is awake already"),
             Action::Advance { from, to, .. } => {
                 assert!(from.may_become(to), "{from} → {to}");
                 let candidate = self.view.candidate.as_mut().expect("an advancing deploy is there");
@@ -150,6 +164,7 @@ impl World {
                 if to == Phase::Switching {
                     self.view.wanted = true;
                     self.view.crashes.clear();
+                    self.view.asleep.clear();
                     self.view.serving = Some(candidate.generation.clone());
                 } else if to == Phase::Done {
                     self.view.candidate = None;

@@ -37,10 +37,14 @@ use crate::routing::Routing;
 use crate::runner::{CallError, Runner};
 use crate::supervise::{Board, chain, last_panic};
 use crate::table;
+use crate::waking::Waking;
 use crate::world::Worlds;
 
 /// The pace of an app that is as it should be.
 const PACE_CALM: Duration = Duration::from_secs(1);
+/// The pace while a jail is being made, which takes less than 10 ms, and for how long it is kept.
+const PACE_QUICK: Duration = Duration::from_millis(4);
+const QUICK_MS_MAX: u64 = 500;
 /// The pace while something is on its way.
 const PACE_BUSY: Duration = Duration::from_millis(50);
 /// The pace while the runner is away or a round fails.
@@ -57,6 +61,7 @@ pub struct Parts {
     pub worlds: Worlds,
     pub checks: Checks,
     pub routing: Routing,
+    pub waking: Waking,
     pub board: Board,
     /// Jails that a request of a user holds: `epagent run`.
     pub held: Held,
@@ -192,6 +197,8 @@ enum Next {
 
 enum Pace {
     Again,
+    /// Something starts, which takes milliseconds.
+    Quick,
     Busy,
     Calm,
     Away,
@@ -230,6 +237,7 @@ impl AppLoop {
                     fresh = true;
                     continue;
                 }
+                Ok(Pace::Quick) => PACE_QUICK,
                 Ok(Pace::Busy) => PACE_BUSY,
                 Ok(Pace::Calm) => {
                     self.trouble = None;
@@ -310,6 +318,7 @@ impl AppLoop {
         }
         Ok(match (acted || swept, seen.is_settled()) {
             (true, _) => Pace::Again,
+            (false, false) if seen.is_starting(clock::now_ms()) => Pace::Quick,
             (false, false) => Pace::Busy,
             (false, true) => Pace::Calm,
         })

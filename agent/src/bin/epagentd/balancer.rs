@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use epagent_wire::table::{Ack, LINE_BYTES_MAX, Request, Response, Status, Table};
+use epagent_wire::table::{Ack, LINE_BYTES_MAX, Request, Response, Status, Table, Waited};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
@@ -28,8 +28,8 @@ pub enum BalancerError {
     },
     #[error("the connection to the balancer broke")]
     Io(#[from] std::io::Error),
-    #[error("the balancer did not answer in {} s", TIMEOUT.as_secs())]
-    TimedOut,
+    #[error("the balancer did not answer in {} s", after.as_secs())]
+    TimedOut { after: Duration },
     #[error("the balancer's answer is not understood")]
     Garbled(#[from] serde_json::Error),
     #[error("the balancer refused: {code}: {message}")]
@@ -42,23 +42,32 @@ impl Balancer {
     }
 
     pub async fn set_table(&self, table: Table) -> Result<Ack, BalancerError> {
-        match self.exchange(&Request::SetTable(table)).await? {
+        match self.exchange(&Request::SetTable(table), TIMEOUT).await? {
             Response::Ack(ack) => Ok(ack),
             other => Err(unexpected(other)),
         }
     }
 
     pub async fn status(&self) -> Result<Status, BalancerError> {
-        match self.exchange(&Request::Status {}).await? {
+        match self.exchange(&Request::Status {}, TIMEOUT).await? {
             Response::Status(status) => Ok(status),
             other => Err(unexpected(other)),
         }
     }
 
-    async fn exchange(&self, request: &Request) -> Result<Response, BalancerError> {
-        tokio::time::timeout(TIMEOUT, self.exchange_now(request))
+    /// Waits until a route with nobody to answer begins to hold something, for so long at most.
+    pub async fn wait(&self, since: u64, patience: Duration) -> Result<Waited, BalancerError> {
+        let timeout_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+        match self.exchange(&Request::Wait { since, timeout_ms }, patience + TIMEOUT).await? {
+            Response::Waited(waited) => Ok(waited),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    async fn exchange(&self, request: &Request, patience: Duration) -> Result<Response, BalancerError> {
+        tokio::time::timeout(patience, self.exchange_now(request))
             .await
-            .map_err(|_| BalancerError::TimedOut)?
+            .map_err(|_| BalancerError::TimedOut { after: patience })?
     }
 
     async fn exchange_now(&self, request: &Request) -> Result<Response, BalancerError> {

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use epagent_core::health::{Health, Tracker};
 use epagent_core::name::{AppName, JailId};
@@ -21,7 +21,9 @@ use tokio::task::AbortHandle;
 
 use crate::runner::Runner;
 
-/// The pace until an instance is first healthy.
+/// The pace until an instance is first healthy: a quick one at first, since somebody may be waiting for its start.
+const PROVING_QUICK: Duration = Duration::from_millis(5);
+const PROVING_QUICK_FOR: Duration = Duration::from_secs(2);
 const PROVING_INTERVAL: Duration = Duration::from_millis(100);
 /// How long an instance without a check must run to count as healthy.
 const RUNNING_PROVES_AFTER: Duration = Duration::from_secs(1);
@@ -93,6 +95,7 @@ impl Checks {
         let (checks, shared) = (self.clone(), finding.clone());
         let task = tokio::spawn(async move {
             let spec = &subject.spec;
+            let begun = Instant::now();
             loop {
                 let result = checks.check(&subject).await;
                 let before = tracker.health();
@@ -103,6 +106,10 @@ impl Checks {
                     return;
                 }
                 let pace = match health {
+                    // A command in the instance costs it something each time.
+                    Health::Unproven if begun.elapsed() < PROVING_QUICK_FOR && !spec.check.is_command() => {
+                        PROVING_QUICK
+                    }
                     Health::Unproven => PROVING_INTERVAL,
                     _ => Duration::from_millis(spec.interval_ms),
                 };

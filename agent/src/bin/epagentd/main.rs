@@ -25,6 +25,7 @@ mod runner;
 mod supervise;
 mod table;
 mod uploads;
+mod waking;
 mod world;
 
 use std::collections::BTreeSet;
@@ -45,6 +46,7 @@ use crate::config::{Config, ConfigError};
 use crate::health::Checks;
 use crate::routing::Routing;
 use crate::supervise::{Board, chain, keep_running};
+use crate::waking::Waking;
 
 /// Health changes that wait for their app's loop to be woken.
 const CHANGES_QUEUED_MAX: usize = 1024;
@@ -147,6 +149,7 @@ async fn assemble(config: Config) -> Result<Apps, StartError> {
     let (changed, mut changes) = mpsc::channel(CHANGES_QUEUED_MAX);
     let checks = Checks::new(runner.clone(), changed);
     let balancer = Balancer::new(&config.run_dir.join("balancer.sock"));
+    let waking = Waking::new(balancer.clone());
     let routing = Routing::new(balancer, known.clone(), &store).await?;
     let parts = Parts {
         config,
@@ -155,6 +158,7 @@ async fn assemble(config: Config) -> Result<Apps, StartError> {
         worlds,
         checks,
         routing: routing.clone(),
+        waking: waking.clone(),
         board: board.clone(),
         held: Held::default(),
         begins: Arc::default(),
@@ -175,6 +179,11 @@ async fn assemble(config: Config) -> Result<Apps, StartError> {
     spawn("routing", &parts, move || {
         let (routing, store) = (routing.clone(), stored.clone());
         async move { routing.run(store).await }
+    });
+    let woken = apps.clone();
+    spawn("waking", &parts, move || {
+        let (waking, apps) = (waking.clone(), woken.clone());
+        async move { waking.keep_asking(apps).await }
     });
     let image_parts = parts.clone();
     spawn("images", &parts, move || images::keep_clean(image_parts.clone()));

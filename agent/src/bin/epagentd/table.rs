@@ -33,6 +33,9 @@ pub fn routes(app: &AppName, view: &View, addresses: &HashMap<JailId, String>) -
         };
         let hold = match (view.wanted, replaced.contains(&route.process)) {
             (false, _) => Hold { max_requests: 0, max_age_ms: 0 },
+            (true, false) if spec.sleep.is_some() => {
+                Hold { max_requests: HELD_MAX, max_age_ms: wake_ms(spec) }
+            }
             (true, false) => Hold { max_requests: HELD_MAX, max_age_ms: HELD_MS_MAX },
             (true, true) => Hold { max_requests: HELD_MAX, max_age_ms: replace_ms(spec) },
         };
@@ -51,6 +54,11 @@ pub fn routes(app: &AppName, view: &View, addresses: &HashMap<JailId, String>) -
 fn replace_ms(spec: &ProcessSpec) -> u64 {
     let deadline_ms = spec.health.deadline_ms.saturating_mul(2);
     (spec.stop.grace_ms + deadline_ms + REPLACE_SLACK_MS).min(REPLACE_MS_MAX)
+}
+
+/// Who wakes a process waits for its start.
+fn wake_ms(spec: &ProcessSpec) -> u64 {
+    spec.health.deadline_ms.saturating_add(REPLACE_SLACK_MS).clamp(HELD_MS_MAX, REPLACE_MS_MAX)
 }
 
 fn upstreams(view: &View, process: &ProcessName, addresses: &HashMap<JailId, String>) -> Vec<Upstream> {
@@ -137,6 +145,9 @@ mod tests {
             instances,
             crashes: BTreeMap::new(),
             table_current: false,
+            asleep: Default::default(),
+            idle_ms: Default::default(),
+            awaited: Default::default(),
         }
     }
 

@@ -55,6 +55,7 @@ pub fn spec(name: &str) -> AppSpec {
     let web = ProcessSpec {
         command: "true".to_owned(),
         instances: 1,
+        sleep: None,
         deploy: Strategy::Overlap,
         stop: StopSpec::default(),
         health: HealthSpec::new(Check::Tcp),

@@ -50,11 +50,13 @@ async fn describe(parts: &Parts, app: App) -> Result<api::App> {
     let deploy = parts.store.deploy_under_way(&app.app).await?;
     let instances = instances::of(parts, Some(&app.app)).await?;
     let scale = parts.store.scale(&app.app).await?;
+    let asleep = parts.store.asleep(&app.app).await?;
     let mut processes = BTreeMap::new();
     let mut routes = Vec::new();
     if let Some(release) = &serving {
         for (name, spec) in &release.spec.processes {
             let wanted = match app.wanted {
+                Wanted::Running if asleep.contains_key(name) => 0,
                 Wanted::Running => scale.get(name).copied().unwrap_or(spec.instances),
                 _ => 0,
             };
@@ -82,6 +84,7 @@ async fn describe(parts: &Parts, app: App) -> Result<api::App> {
         (_, None) => "new",
         (Wanted::Stopped, _) => "stopped",
         (Wanted::Running, _) if short => "degraded",
+        (Wanted::Running, _) if !asleep.is_empty() && processes.values().all(|p| p.wanted == 0) => "idle",
         (Wanted::Running, _) => "running",
     };
     let subject = format!("app {}", app.app);

@@ -57,6 +57,10 @@ pub async fn of(parts: &Parts, app: Option<&AppName>) -> Result<Vec<api::Instanc
     };
     let jails: HashMap<&JailId, _> =
         world.iter().flat_map(|world| &world.jails).map(|jail| (&jail.id, jail)).collect();
+    let mut sleeping = Vec::new();
+    for app in asked_apps(parts, app).await? {
+        sleeping.extend(asleep(parts, &app).await?);
+    }
     let shown = live.into_iter().map(|row| {
         let jail = jails.get(&row.jail);
         let before = ended.iter().find(|old| {
@@ -79,7 +83,37 @@ pub async fn of(parts: &Parts, app: Option<&AppName>) -> Result<Vec<api::Instanc
             last_exit: before.and_then(|old| old.exit.as_ref()).map(ToString::to_string),
         }
     });
-    Ok(shown.collect())
+    Ok(shown.chain(sleeping).collect())
+}
+
+async fn asked_apps(parts: &Parts, app: Option<&AppName>) -> Result<Vec<AppName>> {
+    match app {
+        Some(app) => Ok(vec![app.clone()]),
+        None => Ok(parts.store.apps().await?.into_iter().map(|app| app.app).collect()),
+    }
+}
+
+/// A row for each process of the app that sleeps: nothing of it runs, and the next request starts it.
+async fn asleep(parts: &Parts, app: &AppName) -> Result<Vec<api::Instance>> {
+    let asleep = parts.store.asleep(app).await?;
+    let release = match asleep.is_empty() {
+        true => None,
+        false => parts.store.release_serving(app).await?,
+    };
+    let rows = asleep.into_iter().map(|(process, since_ms)| api::Instance {
+        app: app.to_string(),
+        process: process.to_string(),
+        index: 0,
+        release: release.as_ref().map_or(0, |release| release.number.0),
+        state: "idle".to_owned(),
+        pid: None,
+        restarts: 0,
+        started_at: None,
+        id: "-".to_owned(),
+        address: None,
+        last_exit: Some(format!("nobody has asked for it since {}", clock::rfc3339(since_ms))),
+    });
+    Ok(rows.collect())
 }
 
 fn shown_state<'a>(parts: &Parts, row: &'a Row) -> &'a str {

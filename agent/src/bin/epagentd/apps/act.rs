@@ -29,6 +29,15 @@ impl AppLoop {
             Action::Stop { id } => self.stop(&id, seen).await?,
             Action::Recycle { id } => self.recycle(&id, seen).await?,
             Action::Forget { id } => self.forget(&id, seen).await?,
+            Action::Sleep { process } => {
+                self.parts.store.sleep_begin(&self.app, &process, clock::now_ms()).await?;
+                return Ok(Next::LookAgain);
+            }
+            Action::Wake { process } => {
+                let (store, why) = (&self.parts.store, "somebody asks for it");
+                store.sleep_end(&self.app, Some(&process), why, clock::now_ms()).await?;
+                return Ok(Next::LookAgain);
+            }
             Action::Advance { deploy, from, to } => self.advance(deploy, from, to).await?,
             Action::Fail { deploy, phase, cause, instance } => {
                 self.fail(deploy, phase, cause, instance.as_ref()).await?;
@@ -44,6 +53,7 @@ impl AppLoop {
         if to == Phase::Switching {
             // Cut before the next line, the release before it is started meanwhile, and this one goes on.
             store.app_want(&self.app, Wanted::Running, clock::now_ms()).await?;
+            store.sleep_end(&self.app, None, "a deploy of it serves", clock::now_ms()).await?;
             // The crashes were the old release's.
             self.crashes.clear();
         }

@@ -1,6 +1,6 @@
 //! What one round sees: the store's rows, held against the runner's world, as a view that can be planned on.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use epagent_core::app::{Candidate, Crash, Generation, Instance, InstanceState, View};
@@ -12,7 +12,7 @@ use epagent_core::spec::{AppSpec, RouteMatch};
 use epagent_store::{App, Deploy, Instance as Row, Wanted};
 use epagent_wire::runner::{Jail, JailState, World};
 
-use super::{AppLoop, RoundError};
+use super::{AppLoop, QUICK_MS_MAX, RoundError};
 use crate::clock;
 use crate::health::Subject;
 
@@ -63,6 +63,9 @@ impl AppLoop {
                 instances: Vec::new(),
                 crashes: self.crashes.clone(),
                 table_current: false,
+                asleep: store.asleep(&self.app).await?.into_keys().collect(),
+                idle_ms: BTreeMap::new(),
+                awaited: self.parts.waking.awaited(&self.app),
             },
             rows: HashMap::new(),
             addresses: HashMap::new(),
@@ -73,6 +76,13 @@ impl AppLoop {
             self.see_instance(row, world, &mut seen).await?;
         }
         seen.view.crashes.clone_from(&self.crashes);
+        for process in seen.view.answering() {
+            self.parts.waking.answered(&self.app, &process);
+            seen.view.awaited.remove(&process);
+        }
+        if seen.may_sleep(clock::now_ms()) {
+            seen.view.idle_ms = self.parts.waking.idle_ms(&self.app).await;
+        }
         self.draining.retain(|id, _| seen.rows.contains_key(id));
         self.stops_sent.retain(|id| seen.rows.contains_key(id));
         self.unhealthy.retain(|id, _| seen.rows.contains_key(id));
@@ -219,6 +229,31 @@ impl Seen {
     /// Nothing of the app runs or is being made.
     pub fn is_empty(&self) -> bool {
         self.view.instances.is_empty()
+    }
+
+    /// Whether it is worth asking how idle the app is: something of it may sleep, and is old enough to.
+    fn may_sleep(&self, now_ms: u64) -> bool {
+        let Some(serving) = self.view.serving.as_ref().filter(|_| self.view.candidate.is_none()) else {
+            return false;
+        };
+        serving.spec.processes.iter().any(|(process, spec)| {
+            let of_process = |instance: &&Instance| instance.process == *process;
+            spec.sleep.as_ref().is_some_and(|sleep| {
+                let is_old = |instance: &Instance| {
+                    now_ms.saturating_sub(instance.started_at_ms) >= sleep.idle_after_ms
+                };
+                !self.view.asleep.contains(process)
+                    && self.view.instances.iter().filter(of_process).all(is_old)
+            })
+        })
+    }
+
+    /// Something is being made, and was begun a moment ago.
+    pub fn is_starting(&self, now_ms: u64) -> bool {
+        let just_begun = |row: &Row| now_ms.saturating_sub(row.created_at_ms) < QUICK_MS_MAX;
+        let starts = |instance: &&Instance| instance.state == InstanceState::Starting;
+        let mut starting = self.view.instances.iter().filter(starts);
+        starting.any(|instance| self.rows.get(&instance.id).is_some_and(just_begun))
     }
 
     /// Nothing is on its way.
