@@ -121,3 +121,22 @@ fn the_agent_reads_every_answer() {
 fn both_sides_bound_a_line_alike() {
     assert_eq!(ours::LINE_BYTES_MAX, protocol::LINE_BYTES_MAX);
 }
+
+#[test]
+fn both_sides_mean_the_same_by_a_wait() {
+    let sent = serde_json::to_string(&ours::Request::Wait { since: 3, timeout_ms: 20_000 }).unwrap();
+    let read: protocol::Request =
+        serde_json::from_str(&sent).unwrap_or_else(|error| panic!("{error}: {sent}"));
+    match read {
+        protocol::Request::Wait(query) => assert_eq!((query.since, query.timeout_ms), (3, 20_000)),
+        other => panic!("{other:?}"),
+    }
+    let waited = protocol::Waited { sequence: 4, routes: vec!["shop/web/0".to_owned()] };
+    let text = serde_json::to_string(&protocol::Response::Waited(waited)).unwrap();
+    match serde_json::from_str(&text).unwrap() {
+        ours::Response::Waited(waited) => {
+            assert_eq!((waited.sequence, waited.routes), (4, vec!["shop/web/0".to_owned()]));
+        }
+        other => panic!("{other:?}"),
+    }
+}

@@ -32,7 +32,13 @@ pub struct Waking {
     balancer: Balancer,
     awaited: Arc<Mutex<BTreeMap<AppName, BTreeSet<ProcessName>>>>,
     /// One question answers all apps that ask in the same second.
-    activity: Arc<tokio::sync::Mutex<Option<(Instant, Arc<Status>)>>>,
+    activity: Arc<tokio::sync::Mutex<Option<Activity>>>,
+}
+
+/// What the balancer said of its routes, and when.
+struct Activity {
+    at: Instant,
+    status: Arc<Status>,
 }
 
 impl Waking {
@@ -50,11 +56,11 @@ impl Waking {
     pub async fn idle_ms(&self, app: &AppName) -> BTreeMap<ProcessName, u64> {
         let mut activity = self.activity.lock().await;
         let status = match &*activity {
-            Some((at, status)) if at.elapsed() < ACTIVITY_AGE_MAX => status.clone(),
+            Some(Activity { at, status }) if at.elapsed() < ACTIVITY_AGE_MAX => status.clone(),
             _ => match self.balancer.status().await {
                 Ok(status) => {
                     let status = Arc::new(status);
-                    *activity = Some((Instant::now(), status.clone()));
+                    *activity = Some(Activity { at: Instant::now(), status: status.clone() });
                     status
                 }
                 Err(_) => return BTreeMap::new(),
@@ -126,7 +132,7 @@ mod tests {
     use super::*;
 
     fn route(id: &str, active: u64, idle_ms: u64) -> RouteStatus {
-        RouteStatus { id: id.to_owned(), active, idle_ms, ..RouteStatus::default() }
+        RouteStatus { id: id.to_owned(), active, idle_ms }
     }
 
     #[test]
