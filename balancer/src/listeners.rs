@@ -1,22 +1,26 @@
 //! The listening sockets: handed over by whoever started us, bound at start, or bound for a route by port.
 //!
 //! A socket on `[::]` takes IPv4 clients too, whatever `net.ipv6.bindv6only` says; their addresses are shown as
-//! IPv4 ones. What cannot be bound says which of the usual reasons it is, and what to do about it.
+//! IPv4 ones. Clients of a unix socket have no address. What cannot be bound says which of the usual reasons it
+//! is, and what to do about it.
+
+pub mod unix;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{AddrParseError, IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, sockopt};
 
+use self::unix::UnixListenError;
 use crate::control::protocol::{ListenerStatus, Problem};
 use crate::core::io::ListenerId;
 use crate::core::listen::{BadName, Listen, Mode};
 use crate::ring::inherit::Inherited;
-use crate::table::{Match, Table};
+use crate::table::{Address, AddressError, Match, Table};
 
 /// One listening socket.
 pub struct Listener {
@@ -50,11 +54,12 @@ impl Origin {
 const FIXED: &str = ".bound";
 const ROUTE: &str = ".route";
 
-/// A socket to bind: what it is for, and where. Written `NAME=ADDRESS`, as in `http.trusted=[::]:8080`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A socket to bind: what it is for, and where. Written `NAME=ADDRESS`, as in `http.trusted=[::]:8080` or
+/// `http=unix:/run/front.sock`.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
     pub listen: Listen,
-    pub address: SocketAddr,
+    pub address: Address,
 }
 
 /// Why `NAME=ADDRESS` is none.
@@ -64,18 +69,26 @@ pub enum BadBind {
     Form { text: String },
     #[error(transparent)]
     Name(#[from] BadName),
-    #[error("{text:?} is not of the form IP:PORT")]
-    Address {
-        text: String,
-        #[source]
-        source: AddrParseError,
-    },
+    #[error("a listener has no place")]
+    Address(#[from] AddressError),
+    #[error("a listener's unix socket has an absolute path, which {path:?} is not")]
+    Relative { path: String },
 }
 
 impl Bind {
+    /// A listener there; only tenants have paths that are not absolute.
+    pub fn new(listen: Listen, address: Address) -> Result<Self, BadBind> {
+        match address {
+            Address::Unix(path) if path.is_tenants() => {
+                Err(BadBind::Relative { path: path.as_str().to_owned() })
+            }
+            address => Ok(Self { listen, address }),
+        }
+    }
+
     /// Plain HTTP.
     pub fn http(address: SocketAddr) -> Self {
-        Self { listen: Listen::plain(Mode::Http), address }
+        Self { listen: Listen::plain(Mode::Http), address: Address::Tcp(address) }
     }
 }
 
@@ -84,8 +97,7 @@ impl FromStr for Bind {
 
     fn from_str(text: &str) -> Result<Self, BadBind> {
         let (name, address) = text.split_once('=').ok_or_else(|| BadBind::Form { text: text.to_owned() })?;
-        let failed = |source| BadBind::Address { text: address.to_owned(), source };
-        Ok(Self { listen: name.parse()?, address: address.parse().map_err(failed)? })
+        Self::new(name.parse()?, address.parse()?)
     }
 }
 
@@ -117,7 +129,9 @@ pub enum ListenError {
     NotHere { address: SocketAddr },
     #[error("cannot listen on {address}: {source}")]
     Bind { address: SocketAddr, source: io::Error },
-    #[error("the inherited descriptor {name:?} is no listening TCP socket")]
+    #[error(transparent)]
+    Unix(#[from] UnixListenError),
+    #[error("the inherited descriptor {name:?} is no listening stream socket")]
     NotListening { name: String },
     #[error("the inherited descriptor {name:?} is not known here; besides listeners, it may be `control`")]
     UnknownName {
@@ -139,9 +153,14 @@ impl ListenError {
 }
 
 impl Listener {
-    /// Its address, where it has one.
+    /// Its IP address, where it has one.
     pub fn local(&self) -> Option<SocketAddr> {
         local_address(&self.socket)
+    }
+
+    fn place(&self) -> String {
+        let unix = || unix::path_of(&self.socket).map(|path| format!("unix:{path}"));
+        self.local().map(|local| local.to_string()).or_else(unix).unwrap_or_default()
     }
 
     /// The name it is handed over or stored under.
@@ -176,7 +195,8 @@ impl Listeners {
             Err(source) => return Err(ListenError::UnknownName { name, source }),
         };
         let listens = socket::getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false);
-        if !listens || local_address(&socket).is_none() {
+        let streams = socket::getsockopt(&socket, sockopt::SockType) == Ok(SockType::Stream);
+        if !listens || !streams {
             return Err(ListenError::NotListening { name });
         }
         prepare(&socket);
@@ -189,11 +209,17 @@ impl Listeners {
 
     /// Binds a socket that stays, unless one that was handed over is just that.
     pub fn bind(&mut self, Bind { listen, address }: Bind) -> Result<(), ListenError> {
-        if let Some(socket) = self.take_kept(listen, address) {
-            self.add(listen, socket, Origin::Fixed);
-            return Ok(());
-        }
-        let socket = bound(address).map_err(|source| ListenError::of(address, source))?;
+        let socket = match (self.take_kept(listen, &address), address) {
+            (Some(socket), _) => socket,
+            (None, Address::Tcp(address)) => {
+                bound(address).map_err(|source| ListenError::of(address, source))?
+            }
+            (None, Address::Unix(path)) => {
+                let socket = unix::bound(&path)?;
+                prepare(&socket);
+                socket
+            }
+        };
         self.add(listen, socket, Origin::Fixed);
         Ok(())
     }
@@ -236,13 +262,14 @@ impl Listeners {
         self.kept.clear();
     }
 
-    fn take_kept(&mut self, listen: Listen, address: SocketAddr) -> Option<OwnedFd> {
-        let same = |(known, socket): &(Listen, OwnedFd)| {
-            *known == listen
-                && local_address(socket).is_some_and(|bound| {
-                    bound.ip() == address.ip() && (address.port() == 0 || bound.port() == address.port())
-                })
+    fn take_kept(&mut self, listen: Listen, address: &Address) -> Option<OwnedFd> {
+        let is_there = |socket: &OwnedFd| match address {
+            Address::Tcp(address) => local_address(socket).is_some_and(|bound| {
+                bound.ip() == address.ip() && (address.port() == 0 || bound.port() == address.port())
+            }),
+            Address::Unix(path) => unix::path_of(socket).is_some_and(|bound| bound == path.as_str()),
         };
+        let same = |(known, socket): &(Listen, OwnedFd)| *known == listen && is_there(socket);
         let at = self.kept.iter().position(same)?;
         Some(self.kept.remove(at).1)
     }
@@ -265,7 +292,7 @@ impl Listeners {
     pub fn status(&self) -> Vec<ListenerStatus> {
         let status = |listener: &Listener| ListenerStatus {
             name: listener.listen.to_string(),
-            address: listener.local().map(|local| local.to_string()).unwrap_or_default(),
+            address: listener.place(),
             inherited: listener.origin == Origin::Inherited,
         };
         self.all.values().map(status).collect()

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use common::app::{App, respond};
 use common::client::Client;
 use common::denied::spawn_without_passrights;
 use common::{Balancer, IO_ARGUMENTS, poll, until};
@@ -351,4 +352,89 @@ fn where_the_kernel_cannot_protect_it_only_operators_have_unix_sockets() {
     assert_eq!(tenants.connection_count(), 0);
     assert_eq!(route(&balancer, &format!("unix:{}", folder.path("host.sock").display())), [""; 0]);
     assert_eq!(Client::connect(balancer.http).get("shop.example", "/").text(), "operator's");
+}
+
+/// Asks for `/` over a unix socket, and returns what is answered.
+fn ask(path: &Path) -> String {
+    let mut stream = UnixStream::connect(path).expect("a connection");
+    stream.set_read_timeout(Some(common::PATIENCE)).expect("a timeout");
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: shop.example\r\nConnection: close\r\n\r\n").expect("taken");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
+}
+
+#[test]
+fn clients_come_by_a_unix_socket_too() {
+    let folder = Folder::new();
+    let front = folder.path("front.sock");
+    let app = App::start(|request, stream| {
+        respond(stream, format!("from {:?}", request.field("x-forwarded-for")).as_bytes())
+    });
+    let listen = format!("http=unix:{}", front.display());
+    let balancer = Balancer::start(&["--listen", &listen]);
+    balancer.route("shop.example", &[("a", app.address, "up")]);
+    let answer = ask(&front);
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("from None"), "{answer}");
+    let shown = |address: &str| balancer.status().listeners.iter().any(|shown| shown.address == address);
+    assert!(shown(&format!("unix:{}", front.display())));
+    // A reset is one here, too.
+    let mut gone = UnixStream::connect(&front).expect("a connection");
+    gone.write_all(b"GET / HT").expect("taken");
+    drop(gone);
+    until("it is noticed", || balancer.status().counters.connections_open == 0);
+}
+
+#[test]
+fn a_dead_balancers_socket_is_replaced_and_a_live_ones_is_not() {
+    let folder = Folder::new();
+    let front = folder.path("front.sock");
+    let listen = format!("http=unix:{}", front.display());
+    let first = Balancer::start(&["--listen", &listen]);
+    let control = folder.path("second.sock");
+    let mut second = std::process::Command::new(env!("CARGO_BIN_EXE_epagent-balancer"))
+        .args(["--listen", &listen, "--control", control.to_str().expect("a path in UTF-8")])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let status = poll("the second one gives up", || second.try_wait().expect("its state"));
+    let mut said = String::new();
+    second.stderr.take().expect("its standard error").read_to_string(&mut said).expect("what it said");
+    assert!(!status.success() && said.contains("another process listens there"), "{said}");
+    assert!(ask(&front).starts_with("HTTP/1.1 503 "), "the first one still serves");
+    first.kill();
+    let _third = Balancer::start(&["--listen", &listen]);
+    assert!(ask(&front).starts_with("HTTP/1.1 503 "));
+}
+
+#[test]
+fn plain_tcp_runs_between_unix_sockets() {
+    let folder = Folder::new();
+    let (front, back) = (folder.path("front.sock"), folder.path("back.sock"));
+    let app = UnixListener::bind(&back).expect("an app");
+    std::thread::spawn(move || {
+        for mut stream in app.incoming().flatten() {
+            // It answers only once all is said: a half-close that is lost would hang here.
+            let (said, _) = common::read_all(&stream);
+            let _ = stream.write_all(&said);
+        }
+    });
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_epagent-balancer"))
+        .args(["run", "--mode", "tcp", "--listen", &format!("unix:{}", front.display())])
+        .args(["--upstream", &format!("unix:{}", back.display())])
+        .args(IO_ARGUMENTS)
+        .spawn()
+        .expect("it starts");
+    let client = poll("it listens", || UnixStream::connect(&front).ok());
+    let body = common::noise(7, 16_000_000);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            common::write_all(&client, &body);
+            client.shutdown(std::net::Shutdown::Write).expect("half-closed");
+        });
+        let (heard, end) = common::read_all(&client);
+        assert_eq!((heard.len(), common::checksum(&heard), end), (body.len(), common::checksum(&body), None));
+    });
+    let _ = child.kill();
+    let _ = child.wait();
 }

@@ -5,6 +5,7 @@
 //! socket, and from the state folder at start. `run` proxies without any of that. `status`, `set-table` and
 //! `reload` speak to a running one.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixListener;
@@ -67,7 +68,7 @@ struct ServeArgs {
     #[arg(long = "http", value_name = "ADDR:PORT")]
     http: Vec<SocketAddr>,
     /// Listen here as the name says: http, sni or tcp-PORT, followed by .trusted, .proxy or both (repeatable)
-    #[arg(long, value_name = "NAME=ADDR:PORT")]
+    #[arg(long, value_name = "NAME=ADDR:PORT|unix:/PATH")]
     listen: Vec<Bind>,
     /// Bind the control socket here, unless one is inherited
     #[arg(long, value_name = "PATH")]
@@ -85,8 +86,8 @@ struct ServeArgs {
 #[derive(Args)]
 struct RunArgs {
     /// Where to listen (repeatable); [::] takes IPv4 clients too
-    #[arg(long, value_name = "ADDR:PORT", required = true)]
-    listen: Vec<SocketAddr>,
+    #[arg(long, value_name = "ADDR:PORT|unix:/PATH", required = true)]
+    listen: Vec<Address>,
     /// Keep and extend the X-Forwarded-* and Forwarded fields of clients
     #[arg(long)]
     trusted: bool,
@@ -228,8 +229,11 @@ fn run(args: RunArgs) -> Result<(), String> {
     });
     let action = Action::Proxy(Proxy { upstreams: upstreams.collect(), ..Proxy::default() });
     let (mut bind, mut routes) = (Vec::new(), Vec::<Route>::new());
+    let mut ports = args.listen.iter().filter_map(Address::port).collect::<HashSet<u16>>();
     for address in args.listen {
-        let port = address.port();
+        // A route of plain TCP goes by a port, for a unix socket by one that nothing else here has.
+        let spare = || (1..=u16::MAX).find(|port| ports.insert(*port)).unwrap_or_default();
+        let port = address.port().unwrap_or_else(spare);
         let (mode, matches) = match args.mode {
             Mode::Http => (listen::Mode::Http, Match::Host("*".to_owned())),
             Mode::Tcp => (listen::Mode::Tcp { port }, Match::Port(port)),
@@ -237,7 +241,7 @@ fn run(args: RunArgs) -> Result<(), String> {
         };
         let listen =
             Listen { trusted: args.trusted, proxy_protocol: args.proxy_protocol, ..Listen::plain(mode) };
-        bind.push(Bind { listen, address });
+        bind.push(Bind::new(listen, address).map_err(|error| chain(&error))?);
         if !routes.iter().any(|route| route.matches == matches) {
             let id = format!("run-{}", routes.len());
             routes.push(Route { id, matches, action: action.clone(), hold: None });

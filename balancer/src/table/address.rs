@@ -58,6 +58,16 @@ pub enum AddressError {
     Unprintable { path: String },
 }
 
+impl Address {
+    /// The port, of a TCP address.
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Tcp(address) => Some(address.port()),
+            Self::Unix(_) => None,
+        }
+    }
+}
+
 impl FromStr for UnixPath {
     type Err = AddressError;
 
