@@ -21,6 +21,7 @@
 pub mod actions;
 pub mod address;
 pub mod choosing;
+pub mod health;
 
 use std::collections::{HashMap, HashSet};
 
@@ -30,6 +31,8 @@ use self::actions::{ActionFault, Alias, Empty, NoSettings, Pages, Redirect, Stat
 pub use self::address::{Address, AddressError, UnixPath};
 pub use self::choosing::{Algorithm, AllDown, Hash, HashBy, WEIGHT_MAX};
 use self::choosing::{check_algorithm, default_weight, is_default, is_default_weight};
+use self::health::check_health;
+pub use self::health::{Active, Check, Health, HttpCheck, Passive};
 use crate::core::http::answer::Answer;
 use crate::core::preface::client_hello::normal_name;
 
@@ -131,6 +134,9 @@ pub struct Proxy {
     /// Which of them is next.
     #[serde(default, skip_serializing_if = "is_default")]
     pub algorithm: Algorithm,
+    /// How it is found out whether they should be given any.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub health: Health,
     /// What happens when none of them can be given anything.
     #[serde(default, skip_serializing_if = "is_default")]
     pub all_down: AllDown,
@@ -224,6 +230,10 @@ pub enum TableError {
     BadWeight { route: String, id: String, weight: u16 },
     #[error("route {route:?} hashes the header {name:?}, which is no header's name")]
     BadHeaderName { route: String, name: String },
+    #[error("route {route:?} has a health check that cannot be: {what}")]
+    BadHealth { route: String, what: &'static str },
+    #[error("route {route:?} checks the upstream {id:?} in another way than an earlier route does")]
+    TwoChecks { route: String, id: String },
     #[error("route {route:?}: {fault}")]
     Action { route: String, fault: ActionFault },
     #[error("the page for {code:?}: {fault}")]
@@ -272,6 +282,7 @@ impl Table {
             let failed = |fault| TableError::Action { route: route.id.clone(), fault };
             route.action.check(&route.matches).map_err(failed)?;
         }
+        health::check_agreement(&self.routes)?;
         actions::check_aliases(&self.routes).map_err(|(route, fault)| TableError::Action { route, fault })?;
         for (code, page) in &self.pages {
             if !Answer::CODES.contains(&code.as_str()) {
@@ -309,7 +320,10 @@ impl Route {
             }
         }
         match &self.action {
-            Action::Proxy(proxy) => check_algorithm(&self.id, &proxy.algorithm),
+            Action::Proxy(proxy) => {
+                check_algorithm(&self.id, &proxy.algorithm)?;
+                check_health(&self.id, &proxy.health)
+            }
             _ => Ok(()),
         }
     }

@@ -15,6 +15,8 @@ mod deploy;
 mod forwarded;
 #[path = "handover.rs"]
 mod handover;
+#[path = "health.rs"]
+mod health;
 #[path = "hold.rs"]
 mod hold;
 #[path = "http.rs"]

@@ -11,8 +11,11 @@
 //! ← {"error": {"code": "bad_request", "message": "unknown variant ..."}}
 //! ```
 
+pub mod health;
+
 use serde::{Deserialize, Serialize};
 
+pub use self::health::{Ejected, FleetStatus, HealthStatus, ShownHealth};
 use super::traffic::{Ends, Latency, Responses, add_some};
 use crate::core::histogram::Histogram;
 use crate::doors::Io;
@@ -228,6 +231,9 @@ pub struct RouteStatus {
     /// Only when asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency: Option<Latency>,
+    /// Its upstreams.
+    #[serde(default)]
+    pub fleet: FleetStatus,
 }
 
 /// The state of an upstream as status shows it.
@@ -281,6 +287,9 @@ pub struct UpstreamStatus {
     /// From being given a request or connection to the first byte. Only when asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_byte: Option<Histogram>,
+    /// What its active checks say; absent when it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthStatus>,
 }
 
 impl RouteStatus {
@@ -300,6 +309,7 @@ impl RouteStatus {
         self.bytes_in_total += other.bytes_in_total;
         self.bytes_out_total += other.bytes_out_total;
         add_some(&mut self.latency, &other.latency, Latency::add);
+        self.fleet.add(&other.fleet);
     }
 }
 
@@ -317,6 +327,9 @@ impl UpstreamStatus {
         self.unreachable |= other.unreachable;
         self.responses.add(&other.responses);
         add_some(&mut self.first_byte, &other.first_byte, Histogram::add);
+        if let (Some(health), Some(other)) = (&mut self.health, &other.health) {
+            health.add(other);
+        }
     }
 }
 
@@ -454,6 +467,14 @@ counters! {
     upgrades,
     /// Times a receive found no shared buffer free.
     no_buffers,
+    /// Health checks that passed.
+    checks_passed,
+    /// Health checks that failed.
+    checks_failed,
+    /// Times an upstream was ejected from a route because its traffic failed.
+    ejections,
+    /// Times one was not, because so many are already.
+    ejections_capped,
     /// Access log lines dropped because they could not be written in time.
     access_log_dropped,
     /// Bytes received from clients.

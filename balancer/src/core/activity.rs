@@ -11,8 +11,10 @@
 //! wanted again. Starving is told at once, as an event; what starves is then read from the state, so an
 //! event that comes twice, or late, does no harm.
 
+use super::choose::Reported;
 use super::engine::Core;
 use super::io::SockId;
+use super::slab::UpstreamKey;
 
 impl Core {
     /// A client's request or connection belongs to its route from now on.
@@ -35,6 +37,28 @@ impl Core {
         if let Some(route) = key.and_then(|key| self.routes.get_mut(key)) {
             route.active -= 1;
             route.left_at = now;
+        }
+    }
+
+    /// Tells a client's route what became of its traffic at an upstream, which may cost the upstream its place
+    /// for a while.
+    pub(super) fn report(&mut self, client: SockId, key: UpstreamKey, good: bool) {
+        let now = self.now;
+        let route = self.socks.get(client).and_then(|sock| sock.on_route);
+        let Some(route) = route.and_then(|route| self.routes.get_mut(route)) else { return };
+        match route.chooser.report(key, good, now) {
+            None => {}
+            Some(Reported::Capped) => self.counters.ejections_capped += 1,
+            Some(Reported::Ejected { for_ms }) => {
+                self.counters.ejections += 1;
+                let upstream = self.upstreams.get(key).map_or("?", |upstream| &upstream.id);
+                let route = &route.id;
+                self.remarks.add(now, || {
+                    format!(
+                        "route {route}: upstream {upstream} gets nothing for {for_ms} ms: its traffic failed"
+                    )
+                });
+            }
         }
     }
 

@@ -142,7 +142,7 @@ impl Core {
                 let done = flow.upgraded && outcome == Outcome::Closed;
                 self.end_flow(*flow, None, if done { Outcome::Upgraded } else { outcome });
             }
-            Role::Tunnel { flow: None, .. } | Role::Preface(_) | Role::Upstream(_) => {}
+            Role::Tunnel { flow: None, .. } | Role::Preface(_) | Role::Upstream(_) | Role::Check(_) => {}
         }
         if let Some(upstream) = sock.peer {
             self.discard_upstream(upstream, true);

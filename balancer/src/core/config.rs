@@ -58,6 +58,12 @@ impl Config {
     /// that nobody can take; a held request goes on trying, every [`Config::HOLD_TICK_MS`] at most, as long
     /// as it is held.
     pub const CONNECT_TRIES_MAX: u8 = 10;
+    /// Health checks at work at a time, per thread; the others wait their turn.
+    pub const CHECKS_MAX: usize = 32;
+    /// Longest pause between two checks of an upstream that gets no traffic and whose last check passed.
+    pub const RISING_CHECK_MS: Millis = 250;
+    /// How many times `ejection_ms` the longest ejection lasts.
+    pub const EJECTION_TIMES_MAX: Millis = 10;
     /// How often held requests look again, and how soon an unreachable upstream is tried again when no
     /// other is left.
     pub const HOLD_TICK_MS: Millis = 50;

@@ -85,6 +85,9 @@ impl Core {
     /// A connect is done.
     pub(super) fn connected(&mut self, id: SockId) {
         let Some(sock) = self.socks.get_mut(id) else { return };
+        if let Role::Check(_) = sock.role {
+            return self.check_connected(id);
+        }
         let Role::Upstream(conn) = &mut sock.role else { return };
         let (key, client) = (conn.upstream, sock.peer);
         if let Some(upstream) = self.upstreams.get_mut(key) {
@@ -94,19 +97,30 @@ impl Core {
         self.touch(id);
         match client.and_then(|client| self.socks.get(client)).map(|sock| &sock.role) {
             Some(Role::Http(_)) => self.start_exchange(id),
-            Some(Role::Tcp(_)) => self.start_tunnel(id, key),
+            Some(Role::Tcp(_)) => {
+                if let Some(client) = client {
+                    self.report(client, key, true);
+                }
+                self.start_tunnel(id, key);
+            }
             _ => self.discard_upstream(id, true),
         }
     }
 
     /// A connect failed, or took too long. Nothing was sent: the client is served elsewhere, or held.
     pub(super) fn connect_failed(&mut self, id: SockId, error: Errno) {
+        if let Some(Role::Check(_)) = self.socks.get(id).map(|sock| &sock.role) {
+            return self.check_unreachable(id, error);
+        }
         let Some(sock) = self.socks.remove(id) else { return };
         self.out.push(Op::Close { sock: id, reset: true });
         self.counters.upstream_connections_open -= 1;
         let Role::Upstream(conn) = sock.role else { return };
         self.note_failed_connect(conn.upstream, error);
         let Some(client) = sock.peer else { return };
+        if !error.is_shortage() {
+            self.report(client, conn.upstream, false);
+        }
         let Some(client_sock) = self.socks.get_mut(client) else { return };
         client_sock.peer = None;
         self.touch(client);

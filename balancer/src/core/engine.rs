@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use super::access::Access;
+use super::checks::Checks;
 use super::chunk::Chunk;
 use super::config::Config;
 use super::histogram::Micros;
@@ -49,6 +50,7 @@ pub struct Core {
     pub(super) release_wanted: bool,
     pub(super) hold_tick_at: Option<Millis>,
     pub(super) random: Random,
+    pub(super) checks: Checks,
     /// A route has begun to starve.
     pub(super) starved: bool,
     /// Nothing more is accepted, and every response is a client's last.
@@ -118,6 +120,7 @@ impl Core {
         self.now = now;
         self.expire_due();
         self.hold_tick();
+        self.start_checks();
         loop {
             if let Some(client) = self.runnable.pop_front() {
                 self.client_input(client, None);
@@ -139,7 +142,10 @@ impl Core {
 
     /// When the next batch must happen even if nothing completes.
     pub fn next_deadline(&self) -> Option<Millis> {
-        [self.timers.next_at(), self.hold_tick_at, self.accept_after].into_iter().flatten().min()
+        [self.timers.next_at(), self.hold_tick_at, self.accept_after, self.next_check_at()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Starts accepting on a listener, whose address is `local`.
@@ -166,6 +172,7 @@ impl Core {
         for idle in self.upstreams.apply(table) {
             self.discard_upstream(idle, false);
         }
+        self.plan_checks(table);
         let applied = self.routes.apply(now, table, &self.upstreams, self.config.threads.max(1));
         self.starved |= applied.starved;
         for client in applied.orphans {
@@ -233,7 +240,7 @@ impl Core {
             *bytes = (bytes.0 + flow.bytes_in, bytes.1 + flow.bytes_out);
         }
         let route = |(key, route): (RouteKey, &Route)| {
-            let mut status = route.status(now, latency);
+            let mut status = route.status(now, &self.upstreams, latency);
             let (bytes_in, bytes_out) = under_way.get(&key).copied().unwrap_or_default();
             status.bytes_in_total += bytes_in;
             status.bytes_out_total += bytes_out;
@@ -241,7 +248,7 @@ impl Core {
         };
         Snapshot {
             routes: self.routes.entries().map(route).collect(),
-            upstreams: self.upstreams.iter().map(|upstream| upstream.status(latency)).collect(),
+            upstreams: self.upstreams.iter().map(|(_, upstream)| upstream.status(latency)).collect(),
             counters: self.counters.clone(),
         }
     }
@@ -335,6 +342,7 @@ impl Core {
             }
             Role::Preface(preface) => preface.inbuf.extend_from_slice(&chunk),
             Role::Upstream(_) => self.upstream_input(id, chunk),
+            Role::Check(_) => self.check_received(id, &chunk),
             Role::Tunnel { .. } => self.tunnel_input(id, chunk),
         }
         self.touch(id);
@@ -363,6 +371,7 @@ impl Core {
         sock.read_closed = true;
         match &sock.role {
             Role::Upstream(_) => self.upstream_closed(id, false),
+            Role::Check(_) => self.check_closed(id, false),
             Role::Tunnel { .. } => self.tunnel_closed(id),
             // A client that half-closes still gets its answers; settling closes it when there are none.
             Role::Http(_) | Role::Tcp(_) => {}
@@ -375,6 +384,7 @@ impl Core {
         let Some(sock) = self.socks.get(id) else { return };
         match &sock.role {
             Role::Upstream(_) => self.upstream_closed(id, true),
+            Role::Check(_) => self.check_closed(id, true),
             Role::Tunnel { .. } => self.tunnel_broken(id),
             Role::Http(_) | Role::Tcp(_) | Role::Preface(_) => self.client_gone(id),
         }
@@ -402,7 +412,7 @@ impl Core {
         sock.out_dead = true;
         sock.out = Default::default();
         // An upstream that stopped reading may have answered first; its last words decide.
-        let decides = matches!(sock.role, Role::Upstream(_));
+        let decides = matches!(sock.role, Role::Upstream(_) | Role::Check(_));
         self.touch(id);
         if !decides {
             self.broken(id);

@@ -170,7 +170,7 @@ impl Sock {
             Role::Http(http) => http.request.as_ref().map(|request| &request.flow),
             Role::Tcp(tcp) => Some(&tcp.flow),
             Role::Tunnel { flow, .. } => flow.as_deref(),
-            Role::Preface(_) | Role::Upstream(_) => None,
+            Role::Preface(_) | Role::Upstream(_) | Role::Check(_) => None,
         }
     }
 
@@ -179,7 +179,7 @@ impl Sock {
             Role::Http(http) => http.request.as_mut().map(|request| &mut request.flow),
             Role::Tcp(tcp) => Some(&mut tcp.flow),
             Role::Tunnel { flow, .. } => flow.as_deref_mut(),
-            Role::Preface(_) | Role::Upstream(_) => None,
+            Role::Preface(_) | Role::Upstream(_) | Role::Check(_) => None,
         }
     }
 }

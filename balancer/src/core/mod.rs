@@ -12,6 +12,7 @@
 //! | `dispatch`, `hold`, `pool` | finding an upstream, retrying; waiting for one; connections kept |
 //! | `choose` | which upstream is next: turns, load, two of many, consistent hash |
 //! | `settle` | operations and deadlines as functions of state |
+//! | `checks` | health checks: when, how, and what they come to |
 //! | `routes`, `upstreams` | the table as it runs: hold queues, load, reachability |
 //! | `activity` | how many each route serves, since when nobody, and who starves |
 //! | `actions` | routes that answer by themselves |
@@ -31,6 +32,7 @@
 pub mod access;
 mod actions;
 mod activity;
+mod checks;
 mod choose;
 pub mod chunk;
 mod client;

@@ -49,7 +49,7 @@ impl Route {
         self.held.pop_front().map(|(client, _)| (client, reply))
     }
 
-    pub fn status(&self, now: Millis, latency: bool) -> RouteStatus {
+    pub fn status(&self, now: Millis, upstreams: &Upstreams, latency: bool) -> RouteStatus {
         RouteStatus {
             id: self.id.clone(),
             active: self.active,
@@ -65,6 +65,7 @@ impl Route {
             bytes_in_total: self.carried.bytes_in,
             bytes_out_total: self.carried.bytes_out,
             latency: latency.then(|| self.carried.latency.clone()),
+            fleet: self.chooser.status(now, upstreams),
         }
     }
 
@@ -79,7 +80,8 @@ impl Route {
             algorithm: &proxy.algorithm,
             all_down: proxy.all_down,
             candidates,
-            named: !proxy.upstreams.is_empty(),
+            named: proxy.upstreams.len(),
+            passive: proxy.health.passive,
             maglev_size: maglev_size_for(hashing_routes),
         });
     }

@@ -19,6 +19,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::actions::Reply;
+use super::checks::CheckConn;
 use super::chunk::Chunk;
 use super::flow::Flow;
 use super::http::body::Body;
@@ -88,6 +89,8 @@ pub enum Role {
     /// A plain TCP client that waits for its upstream.
     Tcp(Box<TcpClient>),
     Upstream(UpstreamConn),
+    /// A health check of an upstream.
+    Check(Box<CheckConn>),
     /// Bytes both ways; `upstream` on the upstream's side.
     Tunnel {
         upstream: Option<UpstreamKey>,
@@ -273,7 +276,7 @@ impl Sock {
 
     /// Whether it came in rather than being connected by us.
     pub fn is_client(&self) -> bool {
-        !matches!(self.role, Role::Upstream(_) | Role::Tunnel { upstream: Some(_), .. })
+        !matches!(self.role, Role::Upstream(_) | Role::Check(_) | Role::Tunnel { upstream: Some(_), .. })
     }
 
     /// The wait of a client that has one.

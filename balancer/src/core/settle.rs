@@ -120,6 +120,7 @@ impl Core {
                 UpPhase::Idle { .. } => (true, false),
                 UpPhase::Exchange(_) => self.peer_takes(sock),
             },
+            (_, Role::Check(check)) => (check.is_asking(), false),
             (_, Role::Tunnel { .. }) => self.peer_takes(sock),
         }
     }
@@ -155,6 +156,9 @@ impl Core {
         if let Finish::Linger { until: Some(until) } = sock.finish {
             return Some(until);
         }
+        if let Role::Check(check) = &sock.role {
+            return Some(check.until);
+        }
         if let Role::Tunnel { .. } = sock.role {
             // A tunnel is idle only when both its sides are.
             let peer_moved_at =
@@ -189,7 +193,7 @@ impl Core {
                 UpPhase::Exchange(_) => None,
             },
             Role::Preface(preface) => Some(preface.since + config.head_timeout_ms),
-            Role::Tcp(_) | Role::Tunnel { .. } => None,
+            Role::Tcp(_) | Role::Tunnel { .. } | Role::Check(_) => None,
         }
     }
 
@@ -228,6 +232,7 @@ impl Core {
         let stalled = !sock.out.is_empty() || sock.tls == Tls::Ending;
         match &sock.role {
             Role::Tunnel { .. } => self.close_tunnel(id, true, Outcome::Idle),
+            Role::Check(_) => self.check_late(id),
             Role::Http(_) if stalled => {
                 self.counters.client_stalled += 1;
                 self.close_client(id, true);

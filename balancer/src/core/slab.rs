@@ -30,7 +30,7 @@ macro_rules! key {
 }
 
 /// An upstream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UpstreamKey {
     index: u32,
     generation: u32,

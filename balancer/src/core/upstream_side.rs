@@ -75,13 +75,18 @@ impl Core {
         let Some(sock) = self.socks.get_mut(id) else { return };
         let client = sock.peer.take();
         let in_head = sock.exchange().is_none_or(|exchange| exchange.is_head());
-        if let Role::Upstream(conn) = &sock.role
-            && let Some(upstream) = self.upstreams.get_mut(conn.upstream)
-        {
+        let key = match &sock.role {
+            Role::Upstream(conn) => Some(conn.upstream),
+            _ => None,
+        };
+        if let Some(upstream) = key.and_then(|key| self.upstreams.get_mut(key)) {
             upstream.request_errors_total += 1;
         }
         self.discard_upstream(id, true);
         let Some(client) = client else { return };
+        if let Some(key) = key {
+            self.report(client, key, false);
+        }
         if let Some(sock) = self.socks.get_mut(client) {
             sock.peer = None;
         }
@@ -205,7 +210,8 @@ impl Core {
         let Stage::Body { upstream_keep_alive, client_keep_alive, .. } = exchange.stage else {
             return;
         };
-        if let Some(upstream) = self.upstreams.get_mut(conn.upstream) {
+        let key = conn.upstream;
+        if let Some(upstream) = self.upstreams.get_mut(key) {
             upstream.active_requests -= 1;
         }
         conn.phase = UpPhase::Idle { since: now };
@@ -234,10 +240,12 @@ impl Core {
                 }
             }
         }
+        let good = ended.as_ref().is_none_or(|request| request.flow.status.is_none_or(|status| status < 500));
         if let Some(request) = ended {
             self.end_flow(request.flow.clone(), Some(&request), Outcome::Answered);
         }
         if let Some(client) = client {
+            self.report(client, key, good);
             self.leave_route(client);
             self.runnable.push_back(client);
             self.touch(client);

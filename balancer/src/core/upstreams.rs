@@ -13,6 +13,7 @@
 
 use std::collections::HashMap;
 
+use super::checks::Checked;
 use super::config::Config;
 use super::flow::Answered;
 use super::io::{Errno, Millis, SockId};
@@ -27,6 +28,10 @@ pub struct Upstream {
     pub id: String,
     pub address: Address,
     pub state: ShownState,
+    /// What it was by the table before.
+    pub was: ShownState,
+    /// Its health checks, if it has any.
+    pub check: Option<Checked>,
     /// It is told of each client with a PROXY header.
     pub proxy_protocol: bool,
     /// Kept-alive connections, the most recently used last.
@@ -74,6 +79,8 @@ impl Upstream {
             id: id.to_owned(),
             address,
             state: ShownState::Removed,
+            was: ShownState::Removed,
+            check: None,
             proxy_protocol: false,
             idle: Vec::new(),
             active_requests: 0,
@@ -131,6 +138,16 @@ impl Upstream {
         self.reach = Reach::Lost { tried_at: now, backoff_ms, probing: false };
     }
 
+    /// Somebody else has just connected to it.
+    pub fn reached(&mut self) {
+        self.reach = Reach::Good;
+    }
+
+    /// Whether its checks, if it has any, say that it may be given traffic.
+    pub fn is_proven(&self) -> bool {
+        self.check.as_ref().is_none_or(|check| check.verdict.is_passing())
+    }
+
     pub fn is_lost(&self) -> bool {
         matches!(self.reach, Reach::Lost { .. })
     }
@@ -183,6 +200,7 @@ impl Upstream {
             unreachable: self.is_lost(),
             responses: self.answered.responses,
             first_byte: latency.then(|| self.answered.first_byte.clone()),
+            health: self.check.as_ref().map(Checked::status),
         }
     }
 }
@@ -203,8 +221,16 @@ impl Upstreams {
         self.slab.get_mut(key)
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &Upstream> {
-        self.slab.iter().map(|(_, upstream)| upstream)
+    pub fn iter(&self) -> impl Iterator<Item = (UpstreamKey, &Upstream)> {
+        self.slab.iter()
+    }
+
+    pub fn keys(&self) -> Vec<UpstreamKey> {
+        self.slab.iter().map(|(key, _)| key).collect()
+    }
+
+    pub fn len(&self) -> usize {
+        self.slab.len()
     }
 
     pub fn key(&self, id: &str, address: &Address) -> Option<UpstreamKey> {
@@ -216,7 +242,7 @@ impl Upstreams {
         let keys: Vec<UpstreamKey> = self.by_name.values().copied().collect();
         for key in keys {
             if let Some(upstream) = self.slab.get_mut(key) {
-                upstream.state = ShownState::Removed;
+                upstream.was = std::mem::replace(&mut upstream.state, ShownState::Removed);
             }
         }
         for wanted in table.routes.iter().flat_map(|route| route.upstreams()) {

@@ -11,17 +11,20 @@
 //! own little state, and the request's key. Nothing here knows clients or sockets.
 
 mod maglev;
+mod outlier;
 #[cfg(test)]
 mod tests;
 mod turns;
 
+use self::maglev::Maglev;
+pub use self::maglev::size_for as maglev_size_for;
+use self::outlier::Outlier;
 use super::io::Millis;
 use super::random::Random;
 use super::slab::UpstreamKey;
 use super::upstreams::{Standing, Upstream, Upstreams};
-use crate::table::{Algorithm, AllDown, HashBy};
-use maglev::Maglev;
-pub use maglev::size_for as maglev_size_for;
+use crate::control::protocol::{Ejected, FleetStatus};
+use crate::table::{Algorithm, AllDown, HashBy, Passive};
 
 /// One of the upstreams a route may choose from. Those that drain are none of them.
 #[derive(Debug, Clone)]
@@ -32,6 +35,7 @@ pub struct Candidate {
     pub up: bool,
     /// Its place in the turns: who has the most goes next.
     turn: i64,
+    outlier: Outlier,
 }
 
 /// What there is to be known of a request, and of the moment.
@@ -54,14 +58,24 @@ pub enum Choice {
     NoUpstreams,
 }
 
+/// What it came to that traffic failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reported {
+    /// The upstream gets none for so long.
+    Ejected { for_ms: Millis },
+    /// It failed as often as it may, but too many are ejected already.
+    Capped,
+}
+
 /// A route's way of choosing.
 #[derive(Debug, Default)]
 pub struct Chooser {
     algorithm: Algorithm,
     pub all_down: AllDown,
     candidates: Vec<Candidate>,
-    /// The route names upstreams, if only draining ones.
-    named: bool,
+    /// How many upstreams the route names, the draining ones among them.
+    named: usize,
+    passive: Option<Passive>,
     /// Sums of the weights up to each candidate.
     weight_sums: Vec<u32>,
     /// The table of the hash; made when it is first needed.
@@ -75,13 +89,14 @@ pub struct Wanted<'a> {
     pub algorithm: &'a Algorithm,
     pub all_down: AllDown,
     pub candidates: Vec<Candidate>,
-    pub named: bool,
+    pub named: usize,
+    pub passive: Option<Passive>,
     pub maglev_size: u32,
 }
 
 impl Candidate {
     pub fn new(key: UpstreamKey, weight: u16, up: bool) -> Self {
-        Self { key, weight: u32::from(weight), up, turn: 0 }
+        Self { key, weight: u32::from(weight), up, turn: 0, outlier: Outlier::default() }
     }
 }
 
@@ -94,7 +109,9 @@ impl Chooser {
             let same_place = self.candidates.get(at).filter(|known| known.key == candidate.key);
             let known =
                 same_place.or_else(|| self.candidates.iter().find(|known| known.key == candidate.key));
-            candidate.turn = known.map_or(0, |known| known.turn);
+            if let Some(known) = known {
+                (candidate.turn, candidate.outlier) = (known.turn, known.outlier);
+            }
         }
         let share = |candidate: &Candidate| (candidate.key, candidate.weight);
         let same_set = candidates.len() == self.candidates.len()
@@ -106,6 +123,7 @@ impl Chooser {
         self.weight_sums = sums(&candidates);
         self.candidates = candidates;
         self.named = wanted.named;
+        self.passive = wanted.passive;
         self.algorithm = wanted.algorithm.clone();
         self.all_down = wanted.all_down;
     }
@@ -132,8 +150,46 @@ impl Chooser {
         match found {
             Some(at) => Choice::Give(self.candidates[at].key),
             None if self.is_busy(upstreams, ask.now) => Choice::Busy,
-            None if self.named => Choice::AllDown,
+            None if self.named > 0 => Choice::AllDown,
             None => Choice::NoUpstreams,
+        }
+    }
+
+    /// Takes in what became of traffic given to an upstream; what it came to.
+    pub fn report(&mut self, key: UpstreamKey, good: bool, now: Millis) -> Option<Reported> {
+        let passive = self.passive?;
+        let ejected = self.ejected(now).count();
+        let of = self.up_count();
+        let outlier = &mut self.candidates.iter_mut().find(|candidate| candidate.key == key)?.outlier;
+        if good {
+            outlier.succeeded();
+        }
+        if good || outlier.is_ejected(now) || !outlier.failed(&passive) {
+            return None;
+        }
+        match outlier::may_eject(&passive, ejected, of) {
+            true => Some(Reported::Ejected { for_ms: outlier.eject(&passive, now) }),
+            false => Some(Reported::Capped),
+        }
+    }
+
+    /// Those that are ejected.
+    fn ejected(&self, now: Millis) -> impl Iterator<Item = &Candidate> {
+        self.candidates.iter().filter(move |candidate| candidate.up && candidate.outlier.is_ejected(now))
+    }
+
+    pub fn status(&self, now: Millis, upstreams: &Upstreams) -> FleetStatus {
+        let view = View { upstreams, now, open: false };
+        let is_usable = |candidate: &&Candidate| view.standing(candidate) != Standing::Away;
+        let ejected = |candidate: &Candidate| {
+            let upstream = upstreams.get(candidate.key)?.id.clone();
+            Some(Ejected { upstream, left_ms: candidate.outlier.left_ms(now) })
+        };
+        FleetStatus {
+            named: self.named as u64,
+            up: self.up_count() as u64,
+            usable: self.candidates.iter().filter(is_usable).count() as u64,
+            ejected: self.ejected(now).filter_map(ejected).collect(),
         }
     }
 
@@ -238,9 +294,16 @@ struct View<'a> {
 impl View<'_> {
     fn standing(&self, candidate: &Candidate) -> Standing {
         match self.upstreams.get(candidate.key) {
-            Some(upstream) if candidate.up || self.open => upstream.standing(self.now),
+            Some(upstream) if self.open || self.is_trusted(candidate, upstream) => {
+                upstream.standing(self.now)
+            }
             _ => Standing::Away,
         }
+    }
+
+    /// What is thought of it: by whoever made the table, by its checks, and by what became of its traffic.
+    fn is_trusted(&self, candidate: &Candidate, upstream: &Upstream) -> bool {
+        candidate.up && upstream.is_proven() && !candidate.outlier.is_ejected(self.now)
     }
 
     fn load(&self, candidate: &Candidate, load: impl Fn(&Upstream) -> u64) -> u64 {
