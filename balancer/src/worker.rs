@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::access_log::AccessLog;
+use crate::control::connections::Connection;
 use crate::core::config::Config;
 use crate::core::engine::{Core, Snapshot};
 use crate::core::histogram::Micros;
@@ -36,6 +37,13 @@ pub enum Command {
     Status {
         latency: bool,
         reply: Sender<Snapshot>,
+    },
+    /// Open client connections from this slot on, and where to go on.
+    Connections {
+        from: u32,
+        limit: usize,
+        route: Option<String>,
+        reply: Sender<(Vec<Connection>, Option<u32>)>,
     },
     /// Which routes starve.
     Starving(Sender<Vec<String>>),
@@ -247,6 +255,9 @@ fn obey(command: Command, core: &mut Core, door: &mut impl Door, facts: &Facts, 
         }
         Command::Status { latency, reply } => {
             let _ = reply.send(core.snapshot(now, latency));
+        }
+        Command::Connections { from, limit, route, reply } => {
+            let _ = reply.send(core.connections(now, from, limit, route.as_deref()));
         }
         Command::Starving(reply) => {
             let _ = reply.send(core.starving());

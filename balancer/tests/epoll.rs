@@ -25,6 +25,8 @@ mod http;
 mod preface;
 #[path = "process.rs"]
 mod process;
+#[path = "seeing.rs"]
+mod seeing;
 #[path = "tcp.rs"]
 mod tcp;
 #[path = "unix.rs"]

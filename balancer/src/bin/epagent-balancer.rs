@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use epagent_balancer::control::client::Client;
+use epagent_balancer::control::connections::ConnectionsQuery;
 use epagent_balancer::core::config::Config;
 use epagent_balancer::core::listen::{self, Listen};
 use epagent_balancer::doors::{BufferSizes, IoChoice};
@@ -51,6 +52,16 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Show a running balancer's client connections, as one JSON object per line
+    Connections {
+        #[command(flatten)]
+        control: ControlArgs,
+        /// Only those being served by this route
+        #[arg(long, value_name = "ID")]
+        route: Option<String>,
+    },
+    /// Show the last changes of a running balancer and who made them, as one JSON object per line
+    Audit(ControlArgs),
     /// Give a running balancer the table in a JSON file
     SetTable {
         #[command(flatten)]
@@ -181,6 +192,8 @@ fn main() -> ExitCode {
         Some(Command::HandoverLaunch { command }) => {
             launch::be_launcher(&command).map_err(|error| chain(&error))
         }
+        Some(Command::Connections { control, route }) => connections(&control.control, route),
+        Some(Command::Audit(args)) => audit(&args.control),
         Some(Command::SetTable { control, file }) => set_table(&control.control, &file),
     };
     match done {
@@ -282,6 +295,30 @@ fn reload(control: &Path) -> Result<(), String> {
     let mut client = Client::connect(control, patience).map_err(|error| chain(&error))?;
     let reloaded = client.reload().map_err(|error| chain(&error))?;
     println!("process {} is in charge", reloaded.pid);
+    Ok(())
+}
+
+fn connections(control: &Path, route: Option<String>) -> Result<(), String> {
+    let mut client = connect(control)?;
+    let mut query = ConnectionsQuery { route, ..ConnectionsQuery::default() };
+    loop {
+        let page = client.connections(query.clone()).map_err(|error| chain(&error))?;
+        print_lines(&page.rows)?;
+        if page.next.is_none() {
+            return Ok(());
+        }
+        query.after = page.next;
+    }
+}
+
+fn audit(control: &Path) -> Result<(), String> {
+    print_lines(&connect(control)?.audit().map_err(|error| chain(&error))?.entries)
+}
+
+fn print_lines<T: serde::Serialize>(rows: &[T]) -> Result<(), String> {
+    for row in rows {
+        println!("{}", serde_json::to_string(row).map_err(|error| error.to_string())?);
+    }
     Ok(())
 }
 

@@ -5,6 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use super::audit::{Audit, AuditQuery};
+use super::connections::{Connections, ConnectionsQuery};
 use super::protocol::{
     Ack, ControlError, LINE_BYTES_MAX, ReloadQuery, Reloaded, Request, Response, Status, StatusQuery,
     WaitQuery, Waited,
@@ -66,6 +68,24 @@ impl Client {
     pub fn status_with(&mut self, query: StatusQuery) -> Result<Status, ClientError> {
         match self.request(&Request::Status(query))? {
             Response::Status(status) => Ok(*status),
+            Response::Error(error) => Err(ClientError::Refused(error)),
+            _ => Err(ClientError::Mismatch),
+        }
+    }
+
+    /// Asks for one page of open client connections.
+    pub fn connections(&mut self, query: ConnectionsQuery) -> Result<Connections, ClientError> {
+        match self.request(&Request::Connections(query))? {
+            Response::Connections(page) => Ok(page),
+            Response::Error(error) => Err(ClientError::Refused(error)),
+            _ => Err(ClientError::Mismatch),
+        }
+    }
+
+    /// Asks for the last changes.
+    pub fn audit(&mut self) -> Result<Audit, ClientError> {
+        match self.request(&Request::Audit(AuditQuery {}))? {
+            Response::Audit(audit) => Ok(audit),
             Response::Error(error) => Err(ClientError::Refused(error)),
             _ => Err(ClientError::Mismatch),
         }

@@ -5,7 +5,9 @@
 //! sender pushes whole tables and asks for status; the balancer never calls back, so it needs nobody: it
 //! serves from its saved table until somebody speaks to it again.
 
+pub mod audit;
 pub mod client;
+pub mod connections;
 pub mod protocol;
 pub mod server;
 pub mod traffic;

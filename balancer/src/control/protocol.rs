@@ -5,6 +5,10 @@
 //! ← {"ack": {"version": 7, "problems": []}}
 //! → {"status": {}}
 //! ← {"status": {"table_version": 7, "upstreams": [...], ...}}
+//! → {"connections": {"limit": 100}}
+//! ← {"connections": {"rows": [{"client": "192.0.2.1:4711", "state": "exchange", ...}], "next": 17}}
+//! → {"audit": {}}
+//! ← {"audit": {"entries": [{"by": {"peer": {"uid": 0, "pid": 71}}, "request": "set_table", ...}]}}
 //! → {"wait": {"since": 0, "timeout_ms": 30000}}
 //! ← {"waited": {"sequence": 1, "routes": ["shop-web"]}}
 //! → {"set_tabel": {}}
@@ -16,6 +20,8 @@ pub mod health;
 use serde::{Deserialize, Serialize};
 
 pub use self::health::{Ejected, FleetStatus, HealthStatus, ShownHealth};
+use super::audit::{Audit, AuditQuery};
+use super::connections::{Connections, ConnectionsQuery};
 use super::traffic::{Ends, Latency, Responses, add_some};
 use crate::core::histogram::Histogram;
 use crate::doors::Io;
@@ -36,6 +42,10 @@ pub enum Request {
     SetTable(Table),
     /// Report counters, upstreams, hold queues and listeners.
     Status(StatusQuery),
+    /// Show open client connections, a page at a time.
+    Connections(ConnectionsQuery),
+    /// Show the last changes, and who made them.
+    Audit(AuditQuery),
     /// Answer when a route that has no upstream begins to hold something, or when the time is up.
     Wait(WaitQuery),
     /// Hand over to a new process of the program on disk. Answered when that one is in charge, or when it never
@@ -83,6 +93,8 @@ pub enum Response {
     Ack(Ack),
     /// The state of things.
     Status(Box<Status>),
+    Connections(Connections),
+    Audit(Audit),
     /// The wait is over.
     Waited(Waited),
     /// A new process is in charge; the old one finishes what it carries.
@@ -153,9 +165,15 @@ pub enum ErrorCode {
 /// The state of the whole balancer, summed over its threads.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
+    /// Of this program.
+    #[serde(default)]
+    pub version: String,
     /// The process that answers.
     #[serde(default)]
     pub pid: u32,
+    /// Since this process started.
+    #[serde(default)]
+    pub uptime_ms: u64,
     pub table_version: u64,
     pub threads: u32,
     /// What the data path uses.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
+use super::audit::Actor;
 use super::protocol::{ControlError, ErrorCode, LINE_BYTES_MAX, Request, Response, Waited};
 
 /// Most control connections at a time; one more is closed at once.
@@ -31,6 +32,7 @@ pub struct ControlServer {
 
 struct Peer {
     stream: UnixStream,
+    actor: Actor,
     /// What has come of the current line.
     line: Vec<u8>,
     /// It is to be told by then.
@@ -64,7 +66,7 @@ impl ControlServer {
     }
 
     /// Takes in what has come, and answers each complete request with what `handle` makes of it.
-    pub fn serve(&mut self, mut handle: impl FnMut(Request) -> Reply) {
+    pub fn serve(&mut self, mut handle: impl FnMut(Actor, Request) -> Reply) {
         self.accept();
         for peer in &mut self.peers {
             match peer.is_waiting() {
@@ -75,7 +77,7 @@ impl ControlServer {
                 && let Some(line) = peer.take_line()
             {
                 let reply = match serde_json::from_slice(&line) {
-                    Ok(request) => handle(request),
+                    Ok(request) => handle(peer.actor, request),
                     Err(error) => Reply::Now(refusal(ErrorCode::BadRequest, error.to_string())),
                 };
                 match reply {
@@ -155,9 +157,8 @@ impl ControlServer {
                 continue;
             }
             let mut peer = Peer::new(stream);
-            let uid = getsockopt(&peer.stream, sockopt::PeerCredentials).map(|credentials| credentials.uid());
-            match uid {
-                Ok(uid) if uid == 0 || Some(uid) == self.allowed_uid => self.peers.push(peer),
+            match peer.actor {
+                Actor::Peer { uid, .. } if uid == 0 || Some(uid) == self.allowed_uid => self.peers.push(peer),
                 _ => {
                     let message = "this uid may not control the balancer".to_owned();
                     peer.answer(&refusal(ErrorCode::Forbidden, message));
@@ -169,7 +170,12 @@ impl ControlServer {
 
 impl Peer {
     fn new(stream: UnixStream) -> Self {
-        Self { stream, line: Vec::new(), waiting_until: None, awaits_handover: false, gone: false }
+        // Who connected, also when a predecessor accepted it. Nobody is called -1.
+        let actor = match getsockopt(&stream, sockopt::PeerCredentials) {
+            Ok(credentials) => Actor::Peer { uid: credentials.uid(), pid: credentials.pid() },
+            Err(_) => Actor::Peer { uid: u32::MAX, pid: 0 },
+        };
+        Self { stream, actor, line: Vec::new(), waiting_until: None, awaits_handover: false, gone: false }
     }
 
     fn is_waiting(&self) -> bool {

@@ -278,7 +278,8 @@ impl Core {
             self.turn_away(peer, "unrouted");
             return self.out.push(Op::Refuse { raw });
         };
-        let sock = self.socks.insert(Sock::new(role, None, self.now));
+        let listen = Some(origin.listen);
+        let sock = self.socks.insert(Sock { listen, ..Sock::new(role, None, self.now) });
         self.counters.connections_accepted += 1;
         self.counters.connections_open += 1;
         self.out.push(Op::Adopt { raw, sock });

@@ -21,6 +21,7 @@
 //! | [`secure`] | TLS, of which the core sees only when it begins, what it proved, and its end |
 //! | `flow`, [`access`] | one request from its beginning to its end, and what the log is told of it |
 //! | [`histogram`] | how long things took |
+//! | `connections` | what is open, a page at a time |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
 //! | [`chunk`], [`outbox`] | bytes without copying, and what a slow peer may cost |
 //! | `random` | numbers that replay |
@@ -37,6 +38,7 @@ mod choose;
 pub mod chunk;
 mod client;
 pub mod config;
+mod connections;
 mod dispatch;
 pub mod engine;
 mod flow;

@@ -51,6 +51,9 @@ pub struct Sock {
     pub finish: Finish,
     pub fin_sent: bool,
     pub tls: Tls,
+    /// Where a client came in.
+    pub listen: Option<Listen>,
+    pub made_at: Millis,
     /// When bytes last moved, either way.
     pub moved_at: Millis,
     /// The earliest entry in the timers.
@@ -235,6 +238,8 @@ impl Sock {
             finish: Finish::No,
             fin_sent: false,
             tls: Tls::Off,
+            listen: None,
+            made_at: now,
             moved_at: now,
             timer_at: None,
             touched: false,

@@ -146,6 +146,12 @@ impl Core {
         }
     }
 
+    /// When bytes last moved between a socket and its peer: a tunnel is idle only when both its sides are.
+    pub(super) fn moved_at(&self, sock: &Sock) -> Millis {
+        let peer_moved_at = sock.peer.and_then(|peer| self.socks.get(peer)).map_or(0, |peer| peer.moved_at);
+        sock.moved_at.max(peer_moved_at)
+    }
+
     /// When a socket has been too long in the state it is in.
     fn deadline(&self, sock: &Sock) -> Option<Millis> {
         let config = &self.config;
@@ -160,10 +166,7 @@ impl Core {
             return Some(check.until);
         }
         if let Role::Tunnel { .. } = sock.role {
-            // A tunnel is idle only when both its sides are.
-            let peer_moved_at =
-                sock.peer.and_then(|peer| self.socks.get(peer)).map_or(0, |peer| peer.moved_at);
-            return Some(sock.moved_at.max(peer_moved_at) + config.tunnel_idle_timeout_ms);
+            return Some(self.moved_at(sock) + config.tunnel_idle_timeout_ms);
         }
         if !sock.out.is_empty() || sock.tls == Tls::Ending {
             return Some(sock.moved_at + config.body_timeout_ms);

@@ -110,7 +110,12 @@ impl<K: Key, T> Slab<K, T> {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (K, &T)> {
-        self.slots.iter().enumerate().filter_map(|(index, slot)| {
+        self.iter_from(0)
+    }
+
+    /// From the slot of this index on.
+    pub fn iter_from(&self, from: u32) -> impl Iterator<Item = (K, &T)> {
+        self.slots.iter().enumerate().skip(from as usize).filter_map(|(index, slot)| {
             let id = K::new(index as u32, slot.generation);
             slot.value.as_ref().map(|value| (id, value))
         })

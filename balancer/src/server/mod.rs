@@ -5,6 +5,8 @@
 //! handed over (SIGUSR2, or `reload` on the control socket) and drained, or when a data-path thread has ended,
 //! so that whoever supervises the process starts it anew.
 
+mod audit;
+mod connections;
 mod life;
 mod say;
 mod status;
@@ -25,12 +27,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signalfd::SignalFd;
 
+use self::audit::Trail;
 use self::life::Life;
 pub use self::say::{chain, log};
 use self::system::{connections_by_descriptors, random_seed, watch_signals};
 pub use self::waits::poll_timeout;
 use crate::access_log::AccessLog;
-use crate::control::protocol::Request;
+use crate::control::protocol::{Request, Response};
 use crate::control::server::{ControlServer, Reply};
 use crate::core::config::Config;
 use crate::core::io::ListenerId;
@@ -140,6 +143,9 @@ pub struct Server {
     predecessors: Predecessors,
     notifier: Notifier,
     watchdog: Option<Watchdog>,
+    started: Instant,
+    /// Who changed what.
+    trail: Trail,
     stop_timeout: Duration,
     drain_timeout: Duration,
 }
@@ -209,6 +215,8 @@ impl Server {
             watchdog: Watchdog::from_environment(handed_over, Instant::now()),
             stop_timeout: options.stop_timeout,
             drain_timeout: options.drain_timeout,
+            started: Instant::now(),
+            trail: Trail::default(),
         };
         server.begin(taking)?;
         Ok(server)
@@ -278,11 +286,14 @@ impl Server {
     fn serve_control(&mut self) {
         let Some(mut control) = self.control.take() else { return };
         self.tell_waiting(&mut control);
-        control.serve(|request| match request {
-            Request::SetTable(table) => Reply::Now(self.set_table(table)),
+        control.serve(|actor, request| match request {
+            Request::SetTable(table) => Reply::Now(self.change_table(actor, table)),
+            Request::Connections(query) => Reply::Now(self.connections(&query)),
+            Request::Audit(_) => Reply::Now(Response::Audit(self.trail.show())),
             Request::Status(query) => Reply::Now(self.status(&query)),
             Request::Wait(query) => self.wait_for(query),
             Request::Reload(_) => {
+                self.trail.add_request(actor, "reload");
                 self.reload_wanted = true;
                 Reply::AtHandover
             }

@@ -25,7 +25,9 @@ impl Server {
     /// Of this process alone.
     pub(super) fn own_status(&self, query: &StatusQuery) -> Option<Status> {
         let mut status = Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
+            uptime_ms: self.started.elapsed().as_millis() as u64,
             table_version: self.table.version,
             threads: self.workers.len() as u32,
             io: self.io,
