@@ -71,7 +71,8 @@ fn state_of(sock: &Sock) -> ConnectionState {
         _ if sock.finish != Finish::No => ConnectionState::Closing,
         Role::Preface(_) => ConnectionState::Preface,
         Role::Tcp(tcp) if tcp.wait.queued => ConnectionState::Held,
-        Role::Tcp(_) | Role::Upstream(_) => ConnectionState::Connecting,
+        // Only clients are shown; the last two are none.
+        Role::Tcp(_) | Role::Upstream(_) | Role::Check(_) => ConnectionState::Connecting,
         Role::Http(http) => match http.phase {
             Phase::Head if http.is_between() => ConnectionState::Idle,
             Phase::Head => ConnectionState::Head,
