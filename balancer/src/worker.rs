@@ -18,6 +18,7 @@ use crate::core::engine::{Core, Snapshot};
 use crate::core::histogram::Micros;
 use crate::core::io::{ListenerId, Millis};
 use crate::core::listen::Listen;
+use crate::core::memory::Limits;
 use crate::door::Door;
 use crate::doors::{AnyDoor, BufferSizes, DoorError, Io};
 use crate::table::Table;
@@ -124,6 +125,8 @@ impl Worker {
         let door_waker = waker.clone();
         let facts = Arc::<Facts>::default();
         let shared = facts.clone();
+        let memory = Limits::of_thread(buffers.count, config.threads);
+        let config = Config { memory, ..config };
         let body = move || {
             let _notice = EndNotice(notices.ended.clone());
             // A door belongs to the thread that makes it.

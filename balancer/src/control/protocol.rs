@@ -376,6 +376,8 @@ counters! {
     upstream_connections_open,
     /// Client connections accepted.
     connections_accepted,
+    /// Connections cut because the memory for slow peers was used up.
+    shed_memory,
     /// Times accepting paused because `max_connections` was reached.
     accept_paused_full,
     /// Times accepting backed off because the process ran out of descriptors or memory.

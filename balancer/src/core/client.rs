@@ -279,17 +279,6 @@ impl HttpClient {
     }
 }
 
-impl Sock {
-    /// Whether this client waits for an upstream that is not there yet, or has yet to say what it wants.
-    pub(super) fn is_waiting(&self) -> bool {
-        match &self.role {
-            Role::Http(http) => http.phase == Phase::Waiting,
-            Role::Tcp(_) | Role::Preface(_) => true,
-            _ => false,
-        }
-    }
-}
-
 /// Tells a client what its request is called, as the first field of a response of our own.
 fn name_request(head: &mut Vec<u8>, id: &[u8]) {
     if let Some(line_end) = head.windows(2).position(|pair| pair == b"\r\n") {

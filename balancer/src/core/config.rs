@@ -1,6 +1,7 @@
 //! The bounds the core works within. Each is a default that the command line may change.
 
 use super::io::Millis;
+use super::memory::Limits;
 
 /// Bounds and waits of one thread's core.
 #[derive(Debug, Clone)]
@@ -29,15 +30,30 @@ pub struct Config {
     pub connect_timeout_ms: Millis,
     /// A tunnel in which nothing moves.
     pub tunnel_idle_timeout_ms: Millis,
+    /// What may wait in memory.
+    pub memory: Limits,
 }
 
 impl Config {
     /// How far one accept burst may go beyond `connections_max`.
     pub const SLACK: u64 = 1024;
     /// A source is stopped when this much waits to be sent to its other side...
-    pub const BACKLOG_HIGH_BYTES: usize = 128 * 1024;
-    /// ...and goes on when no more than this is left.
-    pub const BACKLOG_LOW_BYTES: usize = 32 * 1024;
+    pub const BACKLOG_HIGH_BYTES: usize = 256 * 1024;
+    /// ...and goes on when less than this is left: in bulk, the next bytes are received while the last ones
+    /// are being sent.
+    pub const BACKLOG_LOW_BYTES: usize = 256 * 1024;
+    /// What a bulk flow receives at a time.
+    pub const BULK_BYTES: u32 = 256 * 1024;
+    /// A bulk flow that brings less than this at a time is one of small messages again.
+    pub const QUIET_BYTES: usize = 16 * 1024;
+    /// What is received at a time for a peer that does not keep up, once it has taken what it had...
+    pub const SLOW_BYTES: u32 = 64 * 1024;
+    /// ...and when half of the memory for such peers is in use.
+    pub const PRESSED_BYTES: u32 = 4 * 1024;
+    /// How often it is looked, while few buffers are left to lend, which have been lent for too long...
+    pub const LENT_TICK_MS: Millis = 10;
+    /// ...and otherwise, which are lent at all.
+    pub const LENT_SWEEP_MS: Millis = 1_000;
     /// Request bytes kept of a client that has to wait: body while it is held, pipelined requests.
     pub const AHEAD_BYTES: usize = 64 * 1024;
     /// Of the body of a request that a route answers by itself, this much is read so that the connection
@@ -95,6 +111,7 @@ impl Default for Config {
             response_timeout_ms: 300_000,
             connect_timeout_ms: 3_000,
             tunnel_idle_timeout_ms: 3_600_000,
+            memory: Limits::default(),
         }
     }
 }

@@ -20,6 +20,7 @@ use super::histogram::Micros;
 use super::http::request_id::RequestIds;
 use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
 use super::listen::Listen;
+use super::memory::Budget;
 use super::preface::Origin;
 use super::random::Random;
 use super::remarks::Remarks;
@@ -44,6 +45,10 @@ pub struct Core {
     pub(super) upstreams: Upstreams,
     pub(super) timers: Timers,
     pub(super) touched: Vec<SockId>,
+    pub(super) memory: Rc<Budget>,
+    /// Sockets to which shared buffers are, or were a moment ago, lent.
+    pub(super) lenders: Vec<SockId>,
+    pub(super) lent_tick_at: Option<Millis>,
     /// Clients with bytes left over that may now be used.
     pub(super) runnable: VecDeque<SockId>,
     /// Something has become possible for held requests.
@@ -90,6 +95,7 @@ impl Core {
         Self {
             random: Random::new(config.seed),
             request_ids: RequestIds::new(config.request_id_seed),
+            memory: Budget::new(config.memory),
             config,
             ..Self::default()
         }
@@ -132,6 +138,7 @@ impl Core {
                 break;
             }
         }
+        self.lent_tick();
         self.settle_accepting();
     }
 
@@ -142,7 +149,7 @@ impl Core {
 
     /// When the next batch must happen even if nothing completes.
     pub fn next_deadline(&self) -> Option<Millis> {
-        [self.timers.next_at(), self.hold_tick_at, self.accept_after, self.next_check_at()]
+        [self.timers.next_at(), self.hold_tick_at, self.lent_tick_at, self.accept_after, self.next_check_at()]
             .into_iter()
             .flatten()
             .min()
@@ -225,6 +232,11 @@ impl Core {
     /// What an operator should see in the log, since the last call.
     pub fn take_remarks(&mut self) -> Vec<String> {
         self.remarks.take()
+    }
+
+    /// What waits in memory now, and may.
+    pub fn memory(&self) -> &Budget {
+        &self.memory
     }
 
     /// Open sockets, for tests that look for leaks.
@@ -329,6 +341,7 @@ impl Core {
         let now = self.now;
         let Some(sock) = self.socks.get_mut(id) else { return };
         sock.moved_at = now;
+        sock.taken_bytes += chunk.len();
         let bytes = chunk.len() as u64;
         match sock.is_client() {
             true => self.counters.bytes_from_clients += bytes,
@@ -394,7 +407,7 @@ impl Core {
     fn sent(&mut self, id: SockId, bytes: usize) {
         let now = self.now;
         let Some(sock) = self.socks.get_mut(id) else { return };
-        sock.out.sent(bytes);
+        sock.out.sent(now, bytes);
         if bytes > 0 {
             sock.moved_at = now;
         }

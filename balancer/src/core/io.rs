@@ -64,8 +64,20 @@ impl fmt::Display for Errno {
 pub enum RecvMode {
     /// Until it is stopped or ends by itself. What fast flows use.
     Many,
-    /// For one chunk. What flows use whose other side has been slow, so that they cannot overshoot.
-    Once,
+    /// Until something came, and for no more than this. What bulk flows use, so that they cannot overshoot
+    /// what their other side takes.
+    Once { limit_bytes: u32 },
+}
+
+/// How long a send goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SendMode {
+    /// It ends at once, with what the socket's buffer takes now (perhaps nothing).
+    Try,
+    /// It ends when some was taken.
+    WaitSome,
+    /// It ends when all was taken, or it is stopped. A door may end it with less.
+    WaitAll,
 }
 
 /// What the core asks of a door. Operations on one socket take effect in the order given.
@@ -85,9 +97,10 @@ pub enum Op {
     Recv { sock: SockId, mode: RecvMode },
     /// End receiving. What was received before it takes effect still arrives.
     StopRecv { sock: SockId },
-    /// Send; at most one is under way for a socket. With `wait` it ends when some of it was taken; without,
-    /// at once, with what the socket's buffer takes now (perhaps nothing).
-    Send { sock: SockId, chunks: Vec<Chunk>, wait: bool },
+    /// Send; at most one is under way for a socket.
+    Send { sock: SockId, chunks: Vec<Chunk>, mode: SendMode },
+    /// End a send that waits; it answers with what was taken. One that has just ended is no fault.
+    StopSend { sock: SockId },
     /// Speak TLS on an accepted socket, as the server, beginning with what has been read of it. Nothing may
     /// be sent or received until `Secured` or `SecureFailed` has answered. With `http`, that is the
     /// application protocol agreed on; else any will do.

@@ -23,7 +23,7 @@
 //! | [`histogram`] | how long things took |
 //! | `connections` | what is open, a page at a time |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
-//! | [`chunk`], [`outbox`] | bytes without copying, and what a slow peer may cost |
+//! | [`chunk`], [`outbox`], [`memory`] | bytes without copying, and what a slow peer may cost |
 //! | `random` | numbers that replay |
 //! | `slab`, `timers`, [`config`] | keys that go stale safely, lazy deadlines, every bound |
 //!
@@ -47,6 +47,7 @@ mod hold;
 pub mod http;
 pub mod io;
 pub mod listen;
+pub mod memory;
 pub mod outbox;
 mod pool;
 pub mod preface;

@@ -1,24 +1,37 @@
 //! What waits to be sent on one socket.
 //!
 //! ```text
-//!            push                 next_send
-//!   (empty) ─────▶ queued, idle ───────────▶ Trying ── sent all ──▶ idle
-//!                     ▲                        │ sent less
-//!                     │                        ▼
-//!                     └──── sent some ───── Waiting     (everything queued is now owned)
+//!            push              next_send
+//!   (empty) ─────▶ queued, Idle ─────────┬─▶ Trying ──── sent all ────▶ Idle
+//!                     ▲                  │      └─ sent less ─▶ Idle, short ─┐
+//!                     │                  └─▶ Waiting ◀──────────────────────┘
+//!                     └──── sent some, or stopped ─┘     (all of it lent within the budget, or spilled)
 //! ```
 //!
-//! *Trying* is a send that does not wait, straight from the door's shared buffers, and is over within the
-//! batch. When it falls short the peer is slow: what is left is copied, and from then on the socket waits
-//! on bytes of our own. So shared buffers are never held from one batch to the next, and what one slow peer
-//! can cost is the bound its sources are throttled at.
+//! *Trying* is a send that does not wait and is over within the batch: what small messages use, straight from
+//! the door's shared buffers. *Waiting* is a send that waits for the peer. It may wait on shared buffers too,
+//! so that a fast bulk flow is never copied, but only on as many as the [budget](super::memory) lends. When few
+//! are left, whoever has kept its for longer than [`PATIENCE_MS`] has to give them back: its send is stopped,
+//! what is left is copied, and until it has proved quick again nothing is lent to it. So slow peers cost bounded memory of our own, and never the buffers that
+//! others receive into.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 
 use super::chunk::Chunk;
+use super::io::{Millis, SendMode};
+use super::memory::{Budget, Share};
 
+/// How long a send may wait on shared buffers while few are left.
+pub const PATIENCE_MS: Millis = 30;
+/// A peer that takes what waits within this is quick again.
+const QUICK_MS: Millis = 10;
 /// Most chunks given to one send. Far below the system's 1,024.
 const CHUNKS_PER_SEND_MAX: usize = 64;
+/// Most shared buffers one socket may wait on.
+const LENT_MAX: usize = 32;
+/// Up to this much is tried first: small messages nearly always fit.
+const TRY_BYTES: usize = 16 * 1024;
 /// Small spilled chunks are joined up to this size.
 const JOIN_BYTES: usize = 16 * 1024;
 /// Chunks up to this size are copied behind one of our own, rather than sent as a piece of their own.
@@ -29,16 +42,35 @@ const SMALL_BYTES: usize = 2 * 1024;
 pub struct Outbox {
     queue: VecDeque<Chunk>,
     bytes: usize,
+    /// Of the queue: chunks in shared buffers, and their bytes.
+    shared: usize,
+    shared_bytes: usize,
     state: SendState,
+    /// What the queue costs from batch to batch; none while it costs nothing.
+    share: Option<Share>,
+    /// The peer let a send wait too long: nothing is lent to it.
+    slow: bool,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum SendState {
     #[default]
     Idle,
+    /// A try took less than all of it.
+    Short,
     /// With how many bytes were offered.
     Trying(usize),
-    Waiting,
+    Waiting {
+        since: Millis,
+        stopped: bool,
+    },
+}
+
+/// A send to issue.
+#[derive(Debug)]
+pub struct Send {
+    pub chunks: Vec<Chunk>,
+    pub mode: SendMode,
 }
 
 impl Outbox {
@@ -51,61 +83,157 @@ impl Outbox {
         self.queue.is_empty()
     }
 
+    /// The peer does not keep up.
+    pub fn is_slow(&self) -> bool {
+        self.slow
+    }
+
+    /// A send waits on shared buffers.
+    pub fn is_lending(&self) -> bool {
+        matches!(self.state, SendState::Waiting { .. }) && self.shared > 0
+    }
+
+    /// Bytes wait in memory of our own.
+    pub fn is_spilling(&self) -> bool {
+        self.share.is_some() && self.bytes > self.shared_bytes
+    }
+
     /// Adds bytes at the end.
     pub fn push(&mut self, chunk: Chunk) {
         if chunk.is_empty() {
             return;
         }
         self.bytes += chunk.len();
-        let waiting = self.state == SendState::Waiting;
-        if (waiting || chunk.len() <= SMALL_BYTES)
+        if chunk.len() <= SMALL_BYTES
             && self.queue.back_mut().is_some_and(|last| last.try_extend(&chunk, JOIN_BYTES))
         {
             return;
         }
-        self.queue.push_back(if waiting { chunk.into_owned() } else { chunk });
+        if chunk.is_shared() {
+            self.shared += 1;
+            self.shared_bytes += chunk.len();
+        }
+        self.queue.push_back(chunk);
     }
 
-    /// The next send to issue, and whether it may wait; none while one is under way or nothing is queued.
-    pub fn next_send(&mut self) -> Option<(Vec<Chunk>, bool)> {
-        if self.state != SendState::Idle || self.queue.is_empty() {
-            return None;
+    /// Brings the queue within the budget, and returns the next send to issue: none while one is under way
+    /// or nothing is queued. Called once everything of a batch is queued.
+    pub fn next_send(&mut self, now: Millis, budget: &Rc<Budget>) -> Option<Send> {
+        let mode = match self.state {
+            SendState::Trying(_) => return None,
+            SendState::Waiting { .. } => None,
+            SendState::Idle | SendState::Short if self.queue.is_empty() => return None,
+            SendState::Idle if self.must_try(budget) => Some(SendMode::Try),
+            SendState::Idle | SendState::Short => Some(SendMode::WaitSome),
+        };
+        if mode != Some(SendMode::Try) {
+            self.settle_share(budget);
         }
+        let mode = mode?;
         let chunks: Vec<Chunk> = self.queue.iter().take(CHUNKS_PER_SEND_MAX).cloned().collect();
-        let wait = !self.queue.iter().any(Chunk::is_shared);
-        let offered = chunks.iter().map(|chunk| chunk.len()).sum();
-        self.state = if wait { SendState::Waiting } else { SendState::Trying(offered) };
-        Some((chunks, wait))
+        if mode == SendMode::Try {
+            self.state = SendState::Trying(chunks.iter().map(|chunk| chunk.len()).sum());
+            return Some(Send { chunks, mode });
+        }
+        self.state = SendState::Waiting { since: now, stopped: false };
+        let lent = chunks.iter().any(Chunk::is_shared);
+        Some(Send { chunks, mode: if lent { SendMode::WaitAll } else { SendMode::WaitSome } })
     }
 
     /// The send under way is over; `bytes` of it were taken.
-    pub fn sent(&mut self, bytes: usize) {
-        debug_assert!(self.state != SendState::Idle, "a send ended that was never issued");
+    pub fn sent(&mut self, now: Millis, bytes: usize) {
+        debug_assert!(
+            !matches!(self.state, SendState::Idle | SendState::Short),
+            "a send ended that was never issued"
+        );
         debug_assert!(bytes <= self.bytes, "more was sent than was queued");
-        let state = std::mem::take(&mut self.state);
         self.take(bytes);
-        if matches!(state, SendState::Trying(offered) if bytes < offered) {
-            self.spill();
+        if self.queue.is_empty() {
+            self.share = None;
         }
+        self.state = match self.state {
+            SendState::Trying(offered) if bytes < offered => SendState::Short,
+            SendState::Waiting { since, stopped } => {
+                let quick = !stopped && now - since <= QUICK_MS && self.queue.is_empty();
+                self.slow &= !quick;
+                // It has just been waited for; another try would only be refused.
+                if self.queue.is_empty() { SendState::Idle } else { SendState::Short }
+            }
+            _ => SendState::Idle,
+        };
+    }
+
+    /// Whether a send has waited on shared buffers for too long, and is to be stopped. Says so once.
+    pub fn has_lent_too_long(&mut self, now: Millis) -> bool {
+        let lending = self.is_lending();
+        match &mut self.state {
+            SendState::Waiting { since, stopped: stopped @ false }
+                if lending && now >= *since + PATIENCE_MS =>
+            {
+                *stopped = true;
+                self.slow = true;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether what is queued should be tried first: when it is little, when nothing may be lent, or when
+    /// the most that may wait is less than what is there.
+    fn must_try(&self, budget: &Budget) -> bool {
+        let held = self.share.as_ref().map_or(0, Share::lent);
+        let lendable = LENT_MAX.min(budget.lent_left() + held);
+        self.shared > 0 && (self.slow || self.bytes <= TRY_BYTES || self.shared > lendable)
+    }
+
+    /// What stays for longer than this batch is lent as far as the budget goes; the rest is copied.
+    fn settle_share(&mut self, budget: &Rc<Budget>) {
+        let held = self.share.as_ref().map_or(0, Share::lent);
+        // A send under way reads from its buffers until it is over, whatever is decided here.
+        let lendable = match self.state {
+            SendState::Waiting { .. } => (budget.lent_left() + held).min(LENT_MAX).max(held),
+            _ if self.slow => 0,
+            _ => (budget.lent_left() + held).min(LENT_MAX),
+        };
+        let crumbs = self.queue.iter().any(|chunk| chunk.is_shared() && chunk.len() <= SMALL_BYTES);
+        if self.shared > lendable || crumbs {
+            self.spill(lendable);
+        }
+        let share = self.share.get_or_insert_with(|| Share::new(budget));
+        share.set(self.shared, self.bytes - self.shared_bytes);
     }
 
     fn take(&mut self, mut bytes: usize) {
         self.bytes -= bytes.min(self.bytes);
         while let Some(front) = self.queue.front_mut() {
-            if front.len() > bytes {
+            let (shared, whole) = (front.is_shared(), front.len() <= bytes);
+            let taken = front.len().min(bytes);
+            if shared {
+                self.shared_bytes -= taken;
+                self.shared -= usize::from(whole);
+            }
+            if !whole {
                 front.advance(bytes);
                 return;
             }
-            bytes -= front.len();
+            bytes -= taken;
             self.queue.pop_front();
         }
     }
 
-    /// Copies what is queued, so that the next send may wait.
-    fn spill(&mut self) {
+    /// Copies all but the first `kept` shared chunks, and those too small to be worth a buffer.
+    fn spill(&mut self, kept: usize) {
         let queue = std::mem::take(&mut self.queue);
+        (self.shared, self.shared_bytes) = (0, 0);
         for chunk in queue {
-            let joined = self.queue.back_mut().is_some_and(|last| last.try_extend(&chunk, JOIN_BYTES));
+            if chunk.is_shared() && chunk.len() > SMALL_BYTES && self.shared < kept {
+                self.shared += 1;
+                self.shared_bytes += chunk.len();
+                self.queue.push_back(chunk);
+                continue;
+            }
+            let joined = chunk.is_shared()
+                && self.queue.back_mut().is_some_and(|last| last.try_extend(&chunk, JOIN_BYTES));
             if !joined {
                 self.queue.push_back(chunk.into_owned());
             }
@@ -115,9 +243,8 @@ impl Outbox {
 
 #[cfg(test)]
 mod tests {
-    use std::rc::Rc;
-
     use super::super::chunk::SharedBuffer;
+    use super::super::memory::Limits;
     use super::*;
 
     struct Lent(Vec<u8>);
@@ -134,38 +261,68 @@ mod tests {
         (Chunk::shared(lent), weak)
     }
 
+    fn budget(lent_max: usize) -> Rc<Budget> {
+        Budget::new(Limits { lent_max, ..Limits::default() })
+    }
+
+    fn bytes(chunks: &[Chunk]) -> Vec<u8> {
+        chunks.iter().flat_map(|chunk| chunk.to_vec()).collect()
+    }
+
     #[test]
-    fn a_short_send_gives_shared_buffers_back() {
-        let mut outbox = Outbox::default();
+    fn a_short_try_gives_what_may_not_be_lent_back() {
+        let (mut outbox, budget) = (Outbox::default(), budget(0));
         let (chunk, lent) = lend(b"hello world");
         outbox.push(chunk);
-        let (chunks, wait) = outbox.next_send().unwrap();
-        assert!(!wait && outbox.next_send().is_none());
-        drop(chunks);
-        outbox.sent(5);
+        let send = outbox.next_send(0, &budget).unwrap();
+        assert!(send.mode == SendMode::Try && outbox.next_send(0, &budget).is_none());
+        drop(send);
+        outbox.sent(0, 5);
+        let send = outbox.next_send(0, &budget).unwrap();
         assert!(lent.upgrade().is_none(), "the buffer is still held");
-        let (chunks, wait) = outbox.next_send().unwrap();
-        assert!(wait);
-        assert_eq!(&*chunks[0], b" world");
+        assert_eq!((send.mode, bytes(&send.chunks)), (SendMode::WaitSome, b" world".to_vec()));
         let (late, lent) = lend(b"!");
         outbox.push(late);
+        assert!(outbox.next_send(0, &budget).is_none());
         assert!(lent.upgrade().is_none(), "a waiting outbox holds a shared buffer");
-        outbox.sent(6);
-        let (chunks, _) = outbox.next_send().unwrap();
-        assert_eq!(&*chunks[0], b"!");
-        outbox.sent(1);
-        assert!(outbox.is_empty() && outbox.bytes() == 0);
+        drop(send);
+        outbox.sent(0, 6);
+        assert_eq!(bytes(&outbox.next_send(0, &budget).unwrap().chunks), b"!");
+        assert_eq!(budget.spilled_bytes(), 1);
+        outbox.sent(0, 1);
+        assert!(outbox.is_empty() && outbox.bytes() == 0 && budget.spilled_bytes() == 0);
+    }
+
+    #[test]
+    fn bulk_waits_on_lent_buffers_within_the_budget_and_for_a_while() {
+        let (mut outbox, budget) = (Outbox::default(), budget(2));
+        let (chunks, lent): (Vec<_>, Vec<_>) = (0..3).map(|n| lend(&vec![n; 20_000])).unzip();
+        chunks.into_iter().for_each(|chunk| outbox.push(chunk));
+        // More than may be lent: tried first.
+        assert_eq!(outbox.next_send(0, &budget).unwrap().mode, SendMode::Try);
+        outbox.sent(0, 10_000);
+        let send = outbox.next_send(0, &budget).unwrap();
+        assert_eq!((send.mode, budget.lent(), budget.spilled_bytes()), (SendMode::WaitAll, 2, 20_000));
+        drop(send);
+        assert!(lent[0].upgrade().is_some() && lent[2].upgrade().is_none());
+        assert!(!outbox.has_lent_too_long(PATIENCE_MS - 1) && outbox.has_lent_too_long(PATIENCE_MS));
+        assert!(!outbox.has_lent_too_long(PATIENCE_MS + 1), "it is stopped once");
+        outbox.sent(PATIENCE_MS, 0);
+        let send = outbox.next_send(PATIENCE_MS, &budget).unwrap();
+        assert_eq!((send.mode, budget.lent(), budget.spilled_bytes()), (SendMode::WaitSome, 0, 50_000));
+        assert!(lent.iter().all(|lent| lent.upgrade().is_none()) && outbox.is_slow());
+        outbox.sent(PATIENCE_MS + 1, 50_000);
+        assert!(!outbox.is_slow() && budget.spilled_bytes() == 0);
     }
 
     #[test]
     fn small_spilled_chunks_are_joined() {
-        let mut outbox = Outbox::default();
+        let (mut outbox, budget) = (Outbox::default(), budget(256));
         outbox.push(Chunk::owned(b"x".to_vec()));
-        let (_in_flight, wait) = outbox.next_send().unwrap();
-        assert!(wait);
-        for _ in 0..1000 {
-            outbox.push(lend(b"y").0);
-        }
-        assert_eq!((outbox.queue.len(), outbox.bytes()), (2, 1001));
+        let in_flight = outbox.next_send(0, &budget).unwrap();
+        assert_eq!(in_flight.mode, SendMode::WaitSome);
+        (0..1000).for_each(|_| outbox.push(lend(b"y").0));
+        assert!(outbox.next_send(0, &budget).is_none());
+        assert_eq!((outbox.queue.len(), outbox.bytes(), budget.lent()), (2, 1001, 0));
     }
 }

@@ -43,8 +43,12 @@ pub struct Sock {
     /// The socket takes nothing more; what would be sent is dropped.
     pub out_dead: bool,
     pub recv: Recv,
-    /// The other side was slow to take what came from here: receive one chunk at a time.
+    /// The armed receive ends by itself.
+    pub bounded: bool,
+    /// More came from here than the other side takes at once: receive so much at a time.
     pub cautious: bool,
+    /// Bytes that came since the receive was armed.
+    pub taken_bytes: usize,
     /// The peer sent FIN.
     pub read_closed: bool,
     /// What to do once everything queued is sent.
@@ -60,6 +64,8 @@ pub struct Sock {
     pub timer_at: Option<Millis>,
     /// Already on the list of sockets to settle.
     pub touched: bool,
+    /// Already on the list of sockets to which shared buffers are lent.
+    pub lending: bool,
 }
 
 /// Whether a receive is armed.
@@ -233,7 +239,9 @@ impl Sock {
             out: Outbox::default(),
             out_dead: false,
             recv: Recv::Off,
+            bounded: false,
             cautious: false,
+            taken_bytes: 0,
             read_closed: false,
             finish: Finish::No,
             fin_sent: false,
@@ -243,6 +251,7 @@ impl Sock {
             moved_at: now,
             timer_at: None,
             touched: false,
+            lending: false,
         }
     }
 

@@ -12,12 +12,32 @@ use super::io::{Errno, Millis, Op, RecvMode, SockId};
 use super::secure::Tls;
 use super::session::{Finish, Phase, Recv, Role, Sock, UpPhase};
 
+/// What is to be received from a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Nothing,
+    /// Nothing more than what a receive that ends by itself may still bring.
+    Pause,
+    Take(RecvMode),
+}
+
 impl Core {
     pub(super) fn settle(&mut self, id: SockId) {
         let Some(sock) = self.socks.get_mut(id) else { return };
         sock.touched = false;
-        if let Some((chunks, wait)) = sock.out.next_send() {
-            self.out.push(Op::Send { sock: id, chunks, wait });
+        if let Some(send) = sock.out.next_send(self.now, &self.memory) {
+            self.out.push(Op::Send { sock: id, chunks: send.chunks, mode: send.mode });
+        }
+        let (lending, spilling) = (sock.out.is_lending(), sock.out.is_spilling());
+        if lending && !std::mem::replace(&mut sock.lending, true) {
+            self.lenders.push(id);
+        }
+        if lending {
+            let tick_at = self.next_lent_tick();
+            self.lent_tick_at = Some(self.lent_tick_at.map_or(tick_at, |at| at.min(tick_at)));
+        }
+        if spilling && self.memory.is_exceeded() {
+            return self.shed(id);
         }
         if self.settle_end(id) {
             return;
@@ -76,19 +96,24 @@ impl Core {
 
     fn settle_recv(&mut self, id: SockId) {
         let Some(sock) = self.socks.get(id) else { return };
-        let (wanted, cautious) = self.wants_recv(sock);
+        let wanted = self.wants_recv(sock);
         let now = self.now;
         let Some(sock) = self.socks.get_mut(id) else { return };
-        sock.cautious |= cautious;
         match (wanted, sock.recv) {
-            (true, Recv::Off) => {
+            (Wanted::Take(mode), Recv::Off) => {
                 sock.recv = Recv::Armed;
+                sock.bounded = mode != RecvMode::Many;
+                sock.cautious =
+                    matches!(mode, RecvMode::Once { limit_bytes } if limit_bytes == Config::BULK_BYTES);
+                sock.taken_bytes = 0;
                 // It could not send while we did not take: its time begins now.
                 sock.moved_at = now;
-                let mode = if sock.cautious || sock.is_waiting() { RecvMode::Once } else { RecvMode::Many };
                 self.out.push(Op::Recv { sock: id, mode });
             }
-            (false, Recv::Armed) => {
+            // A bounded one ends by itself, and cannot bring much.
+            (Wanted::Pause, Recv::Armed) if sock.bounded => {}
+            (Wanted::Pause | Wanted::Nothing, Recv::Armed) => {
+                sock.cautious |= wanted == Wanted::Pause;
                 sock.recv = Recv::Stopping;
                 self.out.push(Op::StopRecv { sock: id });
             }
@@ -96,28 +121,33 @@ impl Core {
         }
     }
 
-    /// Whether more is wanted from a socket now, and whether its other side turned out slow.
-    fn wants_recv(&self, sock: &Sock) -> (bool, bool) {
+    /// What is to be received from a socket now.
+    fn wants_recv(&self, sock: &Sock) -> Wanted {
+        let ahead = |kept: &[u8], mode| match kept.len() {
+            ..Config::AHEAD_BYTES => Wanted::Take(mode),
+            _ => Wanted::Pause,
+        };
+        let once = RecvMode::Once { limit_bytes: Config::AHEAD_BYTES as u32 };
         if sock.read_closed || matches!(sock.tls, Tls::Handshake { .. }) {
-            return (false, false);
+            return Wanted::Nothing;
         }
         match (&sock.finish, &sock.role) {
-            (Finish::Linger { .. }, _) => (true, false),
-            (Finish::Close, _) => (false, false),
+            (Finish::Linger { .. }, _) => Wanted::Take(RecvMode::Many),
+            (Finish::Close, _) => Wanted::Nothing,
             (_, Role::Http(http)) => match http.phase {
-                Phase::Head => (sock.out.bytes() < Config::BACKLOG_HIGH_BYTES, false),
+                Phase::Head if sock.out.bytes() < Config::BACKLOG_HIGH_BYTES => Wanted::Take(RecvMode::Many),
+                Phase::Head => Wanted::Pause,
                 Phase::Exchange if !http.body_done() => self.peer_takes(sock),
-                Phase::Waiting | Phase::Exchange | Phase::Dropping => {
-                    (http.inbuf.len() < Config::AHEAD_BYTES, false)
-                }
-                Phase::Done => (false, false),
+                Phase::Waiting => ahead(&http.inbuf, once),
+                Phase::Exchange | Phase::Dropping => ahead(&http.inbuf, RecvMode::Many),
+                Phase::Done => Wanted::Nothing,
             },
             // What is complete is no preface any more, so this is what it lacks.
-            (_, Role::Preface(_)) => (true, false),
-            (_, Role::Tcp(tcp)) => (tcp.inbuf.len() < Config::AHEAD_BYTES, false),
+            (_, Role::Preface(_)) => Wanted::Take(once),
+            (_, Role::Tcp(tcp)) => ahead(&tcp.inbuf, once),
             (_, Role::Upstream(conn)) => match conn.phase {
-                UpPhase::Connecting { .. } => (false, false),
-                UpPhase::Idle { .. } => (true, false),
+                UpPhase::Connecting { .. } => Wanted::Nothing,
+                UpPhase::Idle { .. } => Wanted::Take(RecvMode::Many),
                 UpPhase::Exchange(_) => self.peer_takes(sock),
             },
             (_, Role::Check(check)) => (check.is_asking(), false),
@@ -125,13 +155,28 @@ impl Core {
         }
     }
 
-    /// Whether the peer's backlog leaves room; a receive that was stopped waits for the low mark.
-    fn peer_takes(&self, sock: &Sock) -> (bool, bool) {
-        let Some(peer) = sock.peer.and_then(|peer| self.socks.get(peer)) else { return (true, false) };
-        let backlog_bytes = peer.out.bytes();
-        let running = sock.recv == Recv::Armed;
-        let limit_bytes = if running { Config::BACKLOG_HIGH_BYTES } else { Config::BACKLOG_LOW_BYTES };
-        (backlog_bytes < limit_bytes, backlog_bytes >= Config::BACKLOG_HIGH_BYTES)
+    /// As the peer's backlog leaves room. What was stopped waits for the low mark, and for a slow peer until
+    /// it has taken all it had.
+    fn peer_takes(&self, sock: &Sock) -> Wanted {
+        let Some(peer) = sock.peer.and_then(|peer| self.socks.get(peer)) else {
+            return Wanted::Take(RecvMode::Many);
+        };
+        let (slow, pressed) = (peer.out.is_slow(), self.memory.is_pressed());
+        let limit_bytes = match sock.recv {
+            Recv::Armed => Config::BACKLOG_HIGH_BYTES,
+            _ if slow || pressed => 1,
+            _ => Config::BACKLOG_LOW_BYTES,
+        };
+        let bulk = !peer.out.is_empty() || (sock.cautious && sock.taken_bytes >= Config::QUIET_BYTES);
+        if peer.out.bytes() >= limit_bytes {
+            return Wanted::Pause;
+        }
+        Wanted::Take(match () {
+            () if pressed => RecvMode::Once { limit_bytes: Config::PRESSED_BYTES },
+            () if slow => RecvMode::Once { limit_bytes: Config::SLOW_BYTES },
+            () if bulk => RecvMode::Once { limit_bytes: Config::BULK_BYTES },
+            () => RecvMode::Many,
+        })
     }
 
     fn settle_timer(&mut self, id: SockId) {
@@ -220,6 +265,47 @@ impl Core {
                 Some(deadline) if deadline <= self.now => self.expire(id),
                 Some(_) => self.settle_timer(id),
                 None => {}
+            }
+        }
+    }
+
+    fn next_lent_tick(&self) -> Millis {
+        let scarce = self.memory.is_lending_scarce();
+        self.now + if scarce { Config::LENT_TICK_MS } else { Config::LENT_SWEEP_MS }
+    }
+
+    /// While few buffers are left to lend, stops sends that have waited on lent ones for too long; their rest
+    /// is copied when they end.
+    pub(super) fn lent_tick(&mut self) {
+        if self.lent_tick_at.is_none_or(|at| at > self.now) {
+            return;
+        }
+        let (now, scarce) = (self.now, self.memory.is_lending_scarce());
+        let Self { lenders, socks, out, .. } = self;
+        lenders.retain(|id| {
+            let Some(sock) = socks.get_mut(*id) else { return false };
+            if scarce && sock.out.has_lent_too_long(now) {
+                out.push(Op::StopSend { sock: *id });
+            }
+            sock.lending = sock.out.is_lending();
+            sock.lending
+        });
+        self.lent_tick_at = if self.lenders.is_empty() { None } else { Some(self.next_lent_tick()) };
+    }
+
+    /// There is no memory left for what a socket's peer does not take.
+    fn shed(&mut self, id: SockId) {
+        let Some(sock) = self.socks.get(id) else { return };
+        match (&sock.role, sock.peer) {
+            (Role::Upstream(_), Some(client)) => self.abandon_exchange(client, Answer::NoMemory),
+            (Role::Upstream(_), None) => self.discard_upstream(id, true),
+            (Role::Tunnel { .. }, _) => {
+                self.counters.shed_memory += 1;
+                self.close_tunnel(id, true, Outcome::Own(Answer::NoMemory));
+            }
+            (Role::Http(_) | Role::Tcp(_) | Role::Preface(_), _) => {
+                self.counters.shed_memory += 1;
+                self.end_client(id, true, Outcome::Own(Answer::NoMemory));
             }
         }
     }

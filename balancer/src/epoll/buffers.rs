@@ -4,8 +4,8 @@
 //!   free ── take ──▶ being filled ── lend ──▶ the core's ── last reference dropped ──▶ free
 //! ```
 //!
-//! Made when they are needed. The core keeps none beyond a batch, so there are never more than one batch
-//! fills; those beyond the number to keep are let go when they come back.
+//! Made when they are needed. The core keeps few beyond a batch (`core::memory`), so there are never many more
+//! than one batch fills; those beyond the number to keep are let go when they come back.
 
 use std::cell::RefCell;
 use std::rc::Rc;

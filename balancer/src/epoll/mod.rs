@@ -37,7 +37,7 @@ use rustix::net::{Shutdown, SocketFlags};
 
 use self::buffers::Buffers;
 use self::slot::{Interest, Slot};
-use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, SockId};
+use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, SendMode, SockId};
 use crate::door::Door;
 use crate::sockets;
 use crate::table::Address;
@@ -143,11 +143,18 @@ impl Epoll {
                     self.ready.push(Completion::RecvEnded { sock, why: RecvEnd::Ended });
                 }
             }
-            Op::Send { sock, chunks, wait } => {
+            Op::Send { sock, chunks, mode } => {
                 let Some(slot) = find(&mut self.slots, sock) else { return Ok(()) };
-                match slot.send(chunks, wait) {
+                match slot.send(chunks, mode) {
                     Some(over) => self.ready.push(over),
                     None => watch(&self.epoll, slot, Interest::ReadingAndWriting),
+                }
+            }
+            Op::StopSend { sock } => {
+                let Some(slot) = find(&mut self.slots, sock) else { return Ok(()) };
+                if slot.waiting_send.take().is_some() {
+                    self.ready.push(Completion::Sent { sock, bytes: 0 });
+                    watch(&self.epoll, slot, Interest::Reading);
                 }
             }
             Op::ShutdownWrite { sock } => {
@@ -279,7 +286,7 @@ impl Epoll {
             });
         }
         if let Some(chunks) = slot.waiting_send.take()
-            && let Some(over) = slot.send(chunks, true)
+            && let Some(over) = slot.send(chunks, SendMode::WaitSome)
         {
             out.push(over);
             watch(&self.epoll, slot, Interest::Reading);

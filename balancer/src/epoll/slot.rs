@@ -10,7 +10,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, sen
 
 use super::buffers::Buffers;
 use crate::core::chunk::Chunk;
-use crate::core::io::{Completion, Errno, RecvEnd, RecvMode, SockId};
+use crate::core::io::{Completion, Errno, RecvEnd, RecvMode, SendMode, SockId};
 
 /// Most buffers one socket may fill in its turn.
 const READS_PER_TURN_MAX: usize = 4;
@@ -84,16 +84,22 @@ impl Slot {
             let Some(mode) = self.recv.filter(|_| self.readable) else { return };
             let sock = self.sock;
             let mut buffer = buffers.take();
-            let received =
-                retry_on_intr(|| recv(&self.socket, spare_capacity(&mut buffer), RecvFlags::DONTWAIT));
-            let why = match received.map(|(count, _)| count) {
+            let room = match mode {
+                RecvMode::Many => buffer.capacity(),
+                RecvMode::Once { limit_bytes } => buffer.capacity().min(limit_bytes as usize),
+            };
+            let received = match room < buffer.capacity() {
+                true => recv_some(&self.socket, &mut buffer, room),
+                false => recv_full(&self.socket, &mut buffer),
+            };
+            let why = match received {
                 Ok(count @ 1..) => {
                     // Less than there was room for: nothing is left, unless the end has been announced.
-                    self.readable = count == buffer.capacity() || self.end_is_near;
+                    self.readable = count == room || self.end_is_near;
                     out.push(Completion::Received { sock, chunk: buffers.lend(buffer) });
                     match mode {
                         RecvMode::Many => continue,
-                        RecvMode::Once => RecvEnd::Ended,
+                        RecvMode::Once { .. } => RecvEnd::Ended,
                     }
                 }
                 Ok(0) => RecvEnd::Eof,
@@ -109,11 +115,11 @@ impl Slot {
     }
 
     /// Sends what fits. One that waits, and finds no room, is kept for later.
-    pub fn send(&mut self, chunks: Vec<Chunk>, wait: bool) -> Option<Completion> {
+    pub fn send(&mut self, chunks: Vec<Chunk>, mode: SendMode) -> Option<Completion> {
         let sock = self.sock;
         match send_now(&self.socket, &chunks) {
             Ok(bytes) => Some(Completion::Sent { sock, bytes }),
-            Err(SysErrno::AGAIN) if wait => {
+            Err(SysErrno::AGAIN) if mode != SendMode::Try => {
                 self.waiting_send = Some(chunks);
                 None
             }
@@ -121,6 +127,21 @@ impl Slot {
             Err(error) => Some(Completion::SendFailed { sock, error: Errno(error.raw_os_error()) }),
         }
     }
+}
+
+/// Receives as much as the buffer holds.
+fn recv_full(socket: &OwnedFd, buffer: &mut Vec<u8>) -> rustix::io::Result<usize> {
+    let received = retry_on_intr(|| recv(socket, spare_capacity(buffer), RecvFlags::DONTWAIT))?;
+    Ok(received.0)
+}
+
+/// Receives less than that. Such receives are small, so clearing the memory first costs little.
+fn recv_some(socket: &OwnedFd, buffer: &mut Vec<u8>, room: usize) -> rustix::io::Result<usize> {
+    buffer.resize(room, 0);
+    let received = retry_on_intr(|| recv(socket, buffer.as_mut_slice(), RecvFlags::DONTWAIT));
+    let count = received.map_or(0, |(_, count)| count);
+    buffer.truncate(count);
+    received.map(|_| count)
 }
 
 fn send_now(socket: &OwnedFd, chunks: &[Chunk]) -> rustix::io::Result<usize> {

@@ -5,6 +5,10 @@
 //!        ▲                                                        │ last reference dropped
 //!        └────────── give_back, before each enter ◀── returned ◀──┘
 //! ```
+//!
+//! A bundle fills several buffers with one completion, which names only the first. The others follow it in
+//! the order in which the kernel was given them, so that order is kept beside the ring. How much each took
+//! is the length of its entry, not our nominal size: the kernel may have shortened the last one.
 
 use std::cell::RefCell;
 use std::io;
@@ -80,6 +84,9 @@ impl Drop for Lease {
 pub struct Buffers {
     entries: Mapping,
     pool: Rc<Pool>,
+    /// Which buffer each entry of the ring was last given, and the other way round.
+    ids: Vec<u16>,
+    places: Vec<u16>,
     tail: u16,
     mask: u16,
 }
@@ -94,7 +101,8 @@ impl Buffers {
         let memory = Mapping::new(usize::from(count) * size)?;
         let returned = RefCell::new((0..count).collect());
         let pool = Rc::new(Pool { memory, size, returned });
-        let mut buffers = Self { entries, pool, tail: 0, mask: count - 1 };
+        let (ids, places) = (vec![0; usize::from(count)], vec![0; usize::from(count)]);
+        let mut buffers = Self { entries, pool, ids, places, tail: 0, mask: count - 1 };
         buffers.give_back();
         Ok(buffers)
     }
@@ -108,11 +116,31 @@ impl Buffers {
         self.pool.size
     }
 
-    /// The buffer the kernel filled. It is the caller's duty to take each exactly once.
-    pub fn lend(&self, id: u16, len: usize) -> Chunk {
-        debug_assert!(id <= self.mask && len <= self.pool.size);
-        let len = len.min(self.pool.size);
-        Chunk::shared(Rc::new(Lease { pool: self.pool.clone(), id: id & self.mask, len }))
+    /// The buffers the kernel filled with `len` bytes, in order, from this one on. It is the caller's duty
+    /// to ask once for each completion, and before the next [`Buffers::give_back`].
+    pub fn lend(&self, first: u16, len: usize, mut each: impl FnMut(Chunk)) {
+        debug_assert!(first <= self.mask);
+        let mut place = self.places[usize::from(first & self.mask)];
+        let mut left = len;
+        loop {
+            let filled = left.min(self.entry_len(place));
+            let id = self.ids[usize::from(place)];
+            each(Chunk::shared(Rc::new(Lease { pool: self.pool.clone(), id, len: filled })));
+            left -= filled;
+            // An entry of no length would be the kernel's fault; better a lost connection than a hang.
+            if left == 0 || filled == 0 {
+                return;
+            }
+            place = (place + 1) & self.mask;
+        }
+    }
+
+    /// How much of the buffer in this place the kernel offered to the receive that took it.
+    fn entry_len(&self, place: u16) -> usize {
+        let base = self.entries.base.as_ptr().cast::<BufRingEntry>();
+        // SAFETY: the place is below the ring's length, and the kernel is done with an entry it consumed.
+        let entry = unsafe { &*base.add(usize::from(place & self.mask)) };
+        (entry.len() as usize).min(self.pool.size)
     }
 
     /// Gives the kernel every buffer that nobody refers to any more.
@@ -125,12 +153,14 @@ impl Buffers {
         let base = self.entries.base.as_ptr().cast::<BufRingEntry>();
         let memory = pool.memory.base.as_ptr() as u64;
         for id in returned.drain(..) {
+            let place = self.tail & self.mask;
             // SAFETY: the index is below the ring's length. The kernel reads entries only up to the tail
             // it has seen, so this one is ours to write.
-            let entry = unsafe { &mut *base.add(usize::from(self.tail & self.mask)) };
+            let entry = unsafe { &mut *base.add(usize::from(place)) };
             entry.set_addr(memory + u64::from(id) * pool.size as u64);
             entry.set_len(pool.size as u32);
             entry.set_bid(id);
+            (self.ids[usize::from(place)], self.places[usize::from(id)]) = (id, place);
             self.tail = self.tail.wrapping_add(1);
         }
         // SAFETY: base is the start of the registered ring, where the kernel keeps the tail; it is aligned

@@ -14,6 +14,7 @@
 mod buffers;
 pub mod inherit;
 mod sends;
+mod setup;
 mod token;
 
 use std::collections::HashMap;
@@ -31,24 +32,25 @@ use rustix::net::SocketFlags;
 
 use self::buffers::{Buffers, GROUP};
 use self::sends::{Pointers, Sends};
+use self::setup::Receives;
 use self::token::Token;
 use crate::core::chunk::Chunk;
-use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
+use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId};
 use crate::door::Door;
 use crate::sockets;
 use crate::table::Address;
 use crate::unix::UnixSockets;
 
-/// Entries of the submission queue; a batch with more of them enters more than once.
-const SUBMISSIONS: u32 = 1024;
-/// Entries of the completion queue. Beyond it the kernel keeps completions itself, at a cost.
-const COMPLETIONS: u32 = 16 * 1024;
+/// After so much a multishot receive is armed anew, where the kernel can end it: what a burst may bring
+/// before the core is asked.
+const CAP_BYTES: u32 = 128 * 1024;
 
 /// The io_uring door of one thread.
 pub struct Ring {
     // Dropped first: from then on the kernel touches none of the memory below.
     uring: IoUring,
     buffers: Buffers,
+    receives: Receives,
     sends: Sends,
     slots: Vec<Slot>,
     listeners: HashMap<u32, Arc<OwnedFd>>,
@@ -72,6 +74,8 @@ struct Slot {
     fd: Option<RawFd>,
     /// Operations in the ring that refer to it.
     in_flight: u32,
+    /// Its send under way, as a slot of the table of sends.
+    sending: Option<u32>,
 }
 
 /// Why there is no ring.
@@ -92,6 +96,8 @@ pub enum RingError {
     },
     #[error("cannot register the receive buffers with io_uring")]
     Register(#[source] io::Error),
+    #[error("cannot restrict io_uring to what the balancer needs")]
+    Restrict(#[source] io::Error),
 }
 
 impl Ring {
@@ -102,26 +108,12 @@ impl Ring {
         waker: Arc<EventFd>,
         unix: UnixSockets,
     ) -> Result<Self, RingError> {
-        let uring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_submit_all()
-            .setup_clamp()
-            .setup_cqsize(COMPLETIONS)
-            .build(SUBMISSIONS)
-            .map_err(RingError::Setup)?;
-        let buffers = Buffers::new(buffer_count, buffer_size).map_err(|source| RingError::Buffers {
-            count: buffer_count,
-            size: buffer_size,
-            source,
-        })?;
-        let (address, entries) = buffers.ring();
-        // SAFETY: the ring of buffers is mapped, as long as said, and lives until after `uring` is dropped.
-        unsafe { uring.submitter().register_buf_ring_with_flags(address, entries, GROUP, 0) }
-            .map_err(RingError::Register)?;
+        let (mut uring, mut buffers) = setup::make(buffer_count, buffer_size)?;
+        let receives = Receives::probe(&mut uring, &mut buffers);
         Ok(Self {
             uring,
             buffers,
+            receives,
             sends: Sends::default(),
             slots: Vec::new(),
             listeners: HashMap::new(),
@@ -141,7 +133,7 @@ impl Ring {
             Op::StopAccept(id) => self.cancel(Token::Accept { listener: id.0 }),
             Op::Adopt { raw, sock } => {
                 *self.slot_mut(sock.index) =
-                    Slot { generation: sock.generation, fd: Some(raw.0), in_flight: 0 };
+                    Slot { generation: sock.generation, fd: Some(raw.0), ..Slot::default() };
                 Ok(())
             }
             Op::Refuse { raw } => {
@@ -154,7 +146,8 @@ impl Ring {
             Op::Connect { sock, address } => self.connect(sock, &address),
             Op::Recv { sock, mode } => self.recv(sock, mode),
             Op::StopRecv { sock } => self.cancel(Token::Recv(sock)),
-            Op::Send { sock, chunks, wait } => self.send(sock, chunks, wait),
+            Op::Send { sock, chunks, mode } => self.send(sock, chunks, mode),
+            Op::StopSend { sock } => self.stop_send(sock),
             Op::ShutdownWrite { sock } => {
                 if let Some(fd) = self.fd(sock) {
                     // Fails only where the peer is gone already, which its receive reports.
@@ -207,11 +200,15 @@ impl Ring {
     fn recv(&mut self, sock: SockId, mode: RecvMode) -> io::Result<()> {
         let Some(fd) = self.fd(sock) else { return Ok(()) };
         self.slot_mut(sock.index).in_flight += 1;
-        let entry = match mode {
-            RecvMode::Many => opcode::RecvMulti::new(Fd(fd), GROUP).build(),
-            RecvMode::Once => {
-                let size = self.buffers.size() as u32;
-                opcode::Recv::new(Fd(fd), std::ptr::null_mut(), size)
+        let entry = match (mode, self.receives) {
+            (RecvMode::Many, Receives { capped: true, .. }) => setup::recv_capped(fd, CAP_BYTES),
+            (RecvMode::Many, _) => opcode::RecvMulti::new(Fd(fd), GROUP).build(),
+            (RecvMode::Once { limit_bytes }, Receives { bundles: true, .. }) => {
+                setup::recv_bundle(fd, limit_bytes)
+            }
+            (RecvMode::Once { limit_bytes }, _) => {
+                let len = limit_bytes.min(self.buffers.size() as u32);
+                opcode::Recv::new(Fd(fd), std::ptr::null_mut(), len)
                     .buf_group(GROUP)
                     .build()
                     .flags(squeue::Flags::BUFFER_SELECT)
@@ -220,16 +217,30 @@ impl Ring {
         self.push(entry, Token::Recv(sock))
     }
 
-    fn send(&mut self, sock: SockId, chunks: Vec<Chunk>, wait: bool) -> io::Result<()> {
+    fn send(&mut self, sock: SockId, chunks: Vec<Chunk>, mode: SendMode) -> io::Result<()> {
         let Some(fd) = self.fd(sock) else { return Ok(()) };
         self.slot_mut(sock.index).in_flight += 1;
-        let flags = libc::MSG_NOSIGNAL | if wait { 0 } else { libc::MSG_DONTWAIT };
+        let flags = libc::MSG_NOSIGNAL
+            | match mode {
+                SendMode::Try => libc::MSG_DONTWAIT,
+                SendMode::WaitSome => 0,
+                SendMode::WaitAll => libc::MSG_WAITALL,
+            };
         let (slot, pointers) = self.sends.begin(sock, chunks);
+        self.slot_mut(sock.index).sending = Some(slot);
         let entry = match pointers {
             Pointers::Bytes(bytes, len) => opcode::Send::new(Fd(fd), bytes, len).flags(flags).build(),
             Pointers::Message(header) => opcode::SendMsg::new(Fd(fd), header).flags(flags as u32).build(),
         };
         self.push(entry, Token::Send { slot })
+    }
+
+    fn stop_send(&mut self, sock: SockId) -> io::Result<()> {
+        let slot = self.slots.get(sock.index as usize).filter(|slot| slot.generation == sock.generation);
+        match slot.and_then(|slot| slot.sending) {
+            Some(slot) => self.cancel(Token::Send { slot }),
+            None => Ok(()),
+        }
     }
 
     fn close(&mut self, sock: SockId, reset: bool) -> io::Result<()> {
@@ -303,9 +314,12 @@ impl Ring {
             Token::Recv(sock) => self.received(sock, result, flags, out),
             Token::Send { slot } => {
                 let Some(sock) = self.sends.end(slot).filter(|sock| self.ended(*sock)) else { return };
+                self.slot_mut(sock.index).sending = None;
                 match result {
                     0.. => out.push(Completion::Sent { sock, bytes: result as usize }),
-                    error if -error == libc::EAGAIN => out.push(Completion::Sent { sock, bytes: 0 }),
+                    error if matches!(-error, libc::EAGAIN | libc::ECANCELED | libc::EINTR) => {
+                        out.push(Completion::Sent { sock, bytes: 0 });
+                    }
                     error => out.push(Completion::SendFailed { sock, error: Errno(-error) }),
                 }
             }
@@ -326,16 +340,18 @@ impl Ring {
     }
 
     fn received(&mut self, sock: SockId, result: i32, flags: u32, out: &mut Vec<Completion>) {
-        let buffer = cqueue::buffer_select(flags);
-        // Lent even to a socket that is closed: dropping it is what gives the buffer back.
-        let chunk = buffer.map(|id| self.buffers.lend(id, result.max(0) as usize));
         let over = !cqueue::more(flags);
         let known = if over { self.ended(sock) } else { self.fd(sock).is_some() };
+        if let Some(first) = cqueue::buffer_select(flags) {
+            // Lent even to a socket that is closed: dropping it is what gives the buffer back.
+            self.buffers.lend(first, result.max(0) as usize, |chunk| {
+                if known && !chunk.is_empty() {
+                    out.push(Completion::Received { sock, chunk });
+                }
+            });
+        }
         if !known {
             return;
-        }
-        if let Some(chunk) = chunk.filter(|chunk| !chunk.is_empty()) {
-            out.push(Completion::Received { sock, chunk });
         }
         if over {
             let why = match result {
@@ -394,7 +410,11 @@ impl Door for Ring {
 
     fn wait(&mut self, timeout: Option<Duration>, completions: &mut Vec<Completion>) -> io::Result<()> {
         self.arm_wake()?;
-        self.buffers.give_back();
+        // Completions that the kernel keeps for lack of room name buffers by their order, which giving others
+        // back would change.
+        if !self.uring.submission().cq_overflow() {
+            self.buffers.give_back();
+        }
         let known_already = !self.ready.is_empty() || !self.reaped.is_empty();
         let timeout = if known_already { Some(Duration::ZERO) } else { timeout };
         let entered = match timeout {

@@ -10,8 +10,9 @@ use crate::far::Far;
 use crate::world::{Mode, World};
 
 /// How far TLS has come on a socket of the door's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub enum DoorTls {
+    #[default]
     Off,
     Handshake,
     On,

@@ -8,7 +8,11 @@ use std::rc::Rc;
 use epagent_balancer::core::chunk::{Chunk, SharedBuffer};
 use epagent_balancer::core::config::Config;
 use epagent_balancer::core::engine::Core;
-use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SockId};
+use epagent_balancer::core::io::{
+    Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId,
+};
+use epagent_balancer::core::memory::Limits;
+use epagent_balancer::core::outbox::PATIENCE_MS;
 use epagent_balancer::table::{Address, Table};
 
 use crate::actors::{AppConn, Client, PAGE, Rng, take_front};
@@ -36,11 +40,16 @@ pub enum Mode {
 }
 
 /// A socket as the door has it.
+#[derive(Default)]
 pub struct DoorSock {
     pub conn: usize,
     pub recv: Option<RecvMode>,
     stopping: bool,
-    pub waiting_send: Option<Vec<Chunk>>,
+    pub waiting_send: Option<(Vec<Chunk>, SendMode)>,
+    /// What was taken of a send that waits for all of it, and whether it is being stopped.
+    taken: usize,
+    send_stopping: bool,
+    waits_since: u64,
     /// A send that does not wait, whose completion comes with the next batch.
     pub trying: bool,
     pub tls: DoorTls,
@@ -96,6 +105,8 @@ pub struct World {
     unadopted: HashMap<i32, usize>,
     live: Rc<Cell<usize>>,
     pub served: HashMap<u64, u32>,
+    /// Since when few buffers are left to lend.
+    scarce_since: Option<u64>,
     traced: bool,
     /// How much each stream carries: from the client, and back.
     pub stream_sizes: HashMap<u64, (usize, usize)>,
@@ -119,7 +130,13 @@ impl World {
             "empty.example",
         ];
         let clients = (0..CLIENTS).map(|n| Client::new(&mut rng, 100 * n as u64, &hosts)).collect();
-        let config = Config { connections_max: 1 + rng.below(12), access_log: true, ..Config::default() };
+        let memory = Limits {
+            lent_max: rng.below(12) as usize,
+            pressed_bytes: 1 + rng.below(400_000) as usize,
+            ..Limits::default()
+        };
+        let config =
+            Config { connections_max: 1 + rng.below(12), access_log: true, memory, ..Config::default() };
         let prefaces = Prefaces::new(&mut rng);
         let mut world = Self {
             rng,
@@ -142,6 +159,7 @@ impl World {
             stream_sizes: HashMap::new(),
             prefaces,
             ledger: Ledger::default(),
+            scarce_since: None,
             traced: std::env::var_os("SIMULATION_TRACE").is_some(),
         };
         world.begin();
@@ -345,8 +363,24 @@ impl World {
         if self.core.is_finished() {
             self.succeed();
         }
-        let trying = self.socks.values().filter(|sock| sock.trying).count();
-        assert!(trying > 0 || self.live.get() == 0, "{} lent buffers are kept", self.live.get());
+        let scarce = self.core.memory().is_lending_scarce();
+        self.scarce_since = scarce.then(|| self.scarce_since.unwrap_or(self.now));
+        self.check_lent_buffers();
+    }
+
+    /// From batch to batch no more buffers are kept than may be lent, and when few are left none for long.
+    fn check_lent_buffers(&self) {
+        let (memory, trying) = (self.core.memory(), self.socks.values().any(|sock| sock.trying));
+        assert!(memory.lent() <= memory.limits().lent_max, "{} buffers are lent", memory.lent());
+        let kept = self.live.get();
+        assert!(trying || kept <= memory.lent(), "{kept} buffers are kept, of {} lent", memory.lent());
+        for sock in self.socks.values().filter(|_| self.scarce_since.is_some()) {
+            let Some((chunks, _)) = &sock.waiting_send else { continue };
+            let since = sock.waits_since.max(self.scarce_since.unwrap_or(self.now));
+            let late = since + PATIENCE_MS + Config::LENT_TICK_MS;
+            let lends = chunks.iter().any(Chunk::is_shared);
+            assert!(!lends || sock.send_stopping || self.now <= late, "buffers are lent for too long");
+        }
     }
 
     /// With `SIMULATION_TRACE` set, says everything that passes between core and door.
@@ -382,7 +416,11 @@ impl World {
         if !rng.one_in(2) && !sock.stopping {
             return;
         }
-        let mut end = None;
+        let (mut end, before) = (None, group.len());
+        let (bounded, mut left) = match mode {
+            RecvMode::Many => (false, usize::MAX),
+            RecvMode::Once { limit_bytes } => (true, limit_bytes as usize),
+        };
         for _ in 0..1 + rng.below(8) {
             if conn.reset || conn.to_core.is_empty() {
                 break;
@@ -391,16 +429,20 @@ impl World {
                 end = Some(RecvEnd::NoBuffers);
                 break;
             }
-            let most = if rng.one_in(3) { 20 } else { 16_384 };
-            let size = 1 + rng.below(most) as usize;
+            let most = if rng.one_in(3) { 20 } else { 16_384 }.min(left);
+            let size = 1 + rng.below(most as u64) as usize;
             let bytes = take_front(&mut conn.to_core, size);
+            left -= bytes.len();
             self.live.set(self.live.get() + 1);
             let chunk = Chunk::shared(Rc::new(Lent { bytes, live: self.live.clone() }));
             group.push(Completion::Received { sock: id, chunk });
-            if mode == RecvMode::Once || rng.one_in(30) {
+            if left == 0 || rng.one_in(if bounded { 3 } else { 30 }) {
                 end = Some(RecvEnd::Ended);
                 break;
             }
+        }
+        if bounded && group.len() > before {
+            end = end.or(Some(RecvEnd::Ended));
         }
         if end.is_none() {
             if conn.reset {
@@ -423,15 +465,25 @@ impl World {
         let (rng, conn) = (&mut self.rng, &mut self.conns[sock.conn].0);
         let room = conn.window.saturating_sub(conn.to_far.len());
         let failed = conn.reset || conn.core_closed;
-        if sock.waiting_send.is_none() || !(failed || (room > 0 && rng.one_in(2))) {
+        let stopping = sock.send_stopping;
+        if !(failed || stopping || (room > 0 && rng.one_in(2))) {
             return;
         }
-        let Some(chunks) = sock.waiting_send.take() else { return };
-        group.push(if failed {
-            Completion::SendFailed { sock: id, error: Errno(libc::EPIPE) }
-        } else {
-            Completion::Sent { sock: id, bytes: take_some(rng, conn, &chunks, room) }
-        });
+        let Some((mut chunks, mode)) = sock.waiting_send.take() else { return };
+        if failed {
+            group.push(Completion::SendFailed { sock: id, error: Errno(libc::EPIPE) });
+            return;
+        }
+        let bytes = if stopping && rng.one_in(2) { 0 } else { take_some(rng, conn, &chunks, room) };
+        sock.taken += bytes;
+        advance(&mut chunks, bytes);
+        // Waiting for all of it, a door goes on by itself; it may as well end with less.
+        if mode == SendMode::WaitAll && !chunks.is_empty() && !stopping && !rng.one_in(10) {
+            sock.waiting_send = Some((chunks, mode));
+            return;
+        }
+        group.push(Completion::Sent { sock: id, bytes: std::mem::take(&mut sock.taken) });
+        sock.send_stopping = false;
     }
 
     fn apply(&mut self, op: Op) {
@@ -465,7 +517,11 @@ impl World {
                 let sock = self.socks.get_mut(&sock).expect("stopping an open socket");
                 sock.stopping = sock.recv.is_some();
             }
-            Op::Send { sock, chunks, wait } => self.send(sock, chunks, wait),
+            Op::Send { sock, chunks, mode } => self.send(sock, chunks, mode),
+            Op::StopSend { sock } => {
+                let sock = self.socks.get_mut(&sock).expect("stopping a send of an open socket");
+                sock.send_stopping = sock.waiting_send.is_some();
+            }
             Op::StartTls { sock, said, .. } => self.start_tls(sock, &said),
             Op::EndTls { sock } => self.end_tls(sock),
             Op::ShutdownWrite { sock } => {
@@ -489,14 +545,7 @@ impl World {
     }
 
     fn insert(&mut self, id: SockId, conn: usize) {
-        let sock = DoorSock {
-            conn,
-            recv: None,
-            stopping: false,
-            waiting_send: None,
-            trying: false,
-            tls: DoorTls::Off,
-        };
+        let sock = DoorSock { conn, ..DoorSock::default() };
         assert!(self.socks.insert(id, sock).is_none(), "a socket id is used twice");
     }
 
@@ -524,15 +573,14 @@ impl World {
         });
     }
 
-    fn send(&mut self, id: SockId, chunks: Vec<Chunk>, wait: bool) {
+    fn send(&mut self, id: SockId, chunks: Vec<Chunk>, mode: SendMode) {
         let sock = self.socks.get_mut(&id).expect("sending on an open socket");
         assert!(sock.waiting_send.is_none() && !sock.trying, "two sends at a time");
         assert!(matches!(sock.tls, DoorTls::Off | DoorTls::On), "a send in state {:?}", sock.tls);
         let conn = &mut self.conns[sock.conn].0;
         assert!(!conn.to_far_fin, "a send after FIN");
-        if wait {
-            assert!(!chunks.iter().any(Chunk::is_shared), "a waiting send holds a lent buffer");
-            sock.waiting_send = Some(chunks);
+        if mode != SendMode::Try {
+            (sock.waiting_send, sock.taken, sock.waits_since) = (Some((chunks, mode)), 0, self.now);
             return;
         }
         sock.trying = true;
@@ -551,6 +599,17 @@ impl World {
             .map(|c| format!("{}/{}/{}", c.todo.len(), c.waiting.len(), c.answered.len()))
             .collect();
         format!("clients {clients:?}, {} sockets, now {}, {:?}", self.socks.len(), self.now, self.core)
+    }
+}
+
+/// Drops the first bytes.
+fn advance(chunks: &mut Vec<Chunk>, mut bytes: usize) {
+    while let Some(first) = chunks.first_mut() {
+        if first.len() > bytes {
+            return first.advance(bytes);
+        }
+        bytes -= first.len();
+        chunks.remove(0);
     }
 }
 

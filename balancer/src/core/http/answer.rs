@@ -23,6 +23,8 @@ pub enum Answer {
     NoRoutes,
     HoldShed,
     HoldExpired,
+    /// No memory is left for what a peer does not take.
+    NoMemory,
     NoUpstreams,
     AllDown,
     UpstreamDied,
@@ -54,6 +56,7 @@ impl Answer {
             Answer::NoRoutes => &mut counters.no_routes,
             Answer::HoldShed => &mut counters.hold_shed,
             Answer::HoldExpired => &mut counters.hold_expired,
+            Answer::NoMemory => &mut counters.shed_memory,
             Answer::NoUpstreams => &mut counters.no_upstreams,
             Answer::AllDown => &mut counters.all_down,
             Answer::UpstreamDied => &mut counters.upstream_died,
@@ -73,6 +76,7 @@ impl Answer {
         "http_version",
         "method_not_allowed",
         "misdirected",
+        "no_memory",
         "no_routes",
         "no_upstreams",
         "plain_http",
@@ -165,6 +169,12 @@ impl Answer {
                 "head_too_large",
                 "The request's header is larger than 32 KiB.\n",
                 "",
+            ),
+            Answer::NoMemory => (
+                "503 Service Unavailable",
+                "no_memory",
+                "Too much waits for peers that do not keep up.\n",
+                "Retry-After: 5\r\n",
             ),
             Answer::Misdirected => (
                 "421 Misdirected Request",

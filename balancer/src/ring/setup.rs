@@ -1,0 +1,189 @@
+//! Making a ring: its queues, its receive buffers, what it may do at all, and what the kernel can.
+//!
+//! A ring is made disabled, restricted to the few operations the door uses, and enabled: code that got hold
+//! of it could not open a file with it, whatever the kernel will learn to do in a ring. Everything that has
+//! to be registered is registered before.
+
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use io_uring::types::Fd;
+use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue};
+
+use super::RingError;
+use super::buffers::{Buffers, GROUP};
+
+/// Entries of the submission queue; a batch with more of them enters more than once.
+const SUBMISSIONS: u32 = 1024;
+/// Entries of the completion queue. Beyond it the kernel keeps completions itself, at a cost.
+const COMPLETIONS: u32 = 16 * 1024;
+
+/// Everything the door submits.
+const OPERATIONS: [u8; 8] = [
+    opcode::AcceptMulti::CODE,
+    opcode::Connect::CODE,
+    opcode::Recv::CODE,
+    opcode::Send::CODE,
+    opcode::SendMsg::CODE,
+    opcode::Close::CODE,
+    opcode::AsyncCancel::CODE,
+    opcode::Read::CODE,
+];
+
+/// A ring ready for use, with its buffers registered.
+pub fn make(buffer_count: u16, buffer_size: usize) -> Result<(IoUring, Buffers), RingError> {
+    let uring = IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_submit_all()
+        .setup_clamp()
+        .setup_cqsize(COMPLETIONS)
+        .setup_r_disabled()
+        .build(SUBMISSIONS)
+        .map_err(RingError::Setup)?;
+    let buffers = Buffers::new(buffer_count, buffer_size).map_err(|source| RingError::Buffers {
+        count: buffer_count,
+        size: buffer_size,
+        source,
+    })?;
+    let (address, entries) = buffers.ring();
+    let submitter = uring.submitter();
+    // SAFETY: the ring of buffers is mapped, as long as said, and lives until after `uring` is dropped.
+    unsafe { submitter.register_buf_ring_with_flags(address, entries, GROUP, 0) }
+        .map_err(RingError::Register)?;
+    let flags = squeue::Flags::BUFFER_SELECT | squeue::Flags::SKIP_SUCCESS;
+    let mut restrictions: Vec<Restriction> = OPERATIONS.into_iter().map(Restriction::sqe_op).collect();
+    restrictions.push(Restriction::sqe_flags_allowed(flags.bits()));
+    submitter.register_restrictions(&mut restrictions).map_err(RingError::Restrict)?;
+    submitter.register_enable_rings().map_err(RingError::Restrict)?;
+    Ok((uring, buffers))
+}
+
+/// What this kernel's receives can do beyond one buffer at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Receives {
+    /// One receive of a given length fills several buffers (Linux 6.15). Without, bulk flows receive a buffer
+    /// at a time.
+    pub bundles: bool,
+    /// A multishot receive ends by itself after a given number of bytes (Linux 6.17), so it may fill several
+    /// buffers at a time and still not take all there are. Without, it fills one at a time.
+    pub capped: bool,
+}
+
+impl Receives {
+    /// Finds out by trying, with the bytes compared. Linux 6.15 itself could skip part of a buffer after a
+    /// short receive, which a try would not show; it is known by its name.
+    pub fn probe(uring: &mut IoUring, buffers: &mut Buffers) -> Self {
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let known_bad = release.starts_with("6.15.");
+        let len = 2 * buffers.size() as u32;
+        let mut works = |entry: fn(RawFd, u32) -> squeue::Entry| {
+            !known_bad && hears(uring, buffers, entry, len).unwrap_or(false)
+        };
+        let bundles = works(recv_bundle);
+        Self { bundles, capped: bundles && works(recv_capped) }
+    }
+}
+
+/// Whether a receive of `len` bytes brings as many, of more that were sent, as they were sent.
+fn hears(
+    uring: &mut IoUring,
+    buffers: &mut Buffers,
+    entry: fn(RawFd, u32) -> squeue::Entry,
+    len: u32,
+) -> io::Result<bool> {
+    let (mut ours, theirs) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let said: Vec<u8> = (0..len + 1).map(|at| (at % 251) as u8).collect();
+    let _some = ours.write(&said)?;
+    let entry = entry(theirs.as_raw_fd(), len);
+    // SAFETY: the entry refers to no memory of its own, and to a descriptor that is open.
+    unsafe { uring.submission().push(&entry) }.map_err(io::Error::other)?;
+    let mut heard = Vec::new();
+    loop {
+        uring.submit_and_wait(1)?;
+        let mut over = false;
+        for completion in uring.completion() {
+            let filled = completion.result().max(0) as usize;
+            if let Some(first) = cqueue::buffer_select(completion.flags()) {
+                buffers.lend(first, filled, |chunk| heard.extend_from_slice(&chunk));
+            }
+            over |= !cqueue::more(completion.flags());
+        }
+        buffers.give_back();
+        if over {
+            return Ok(heard == said[..len as usize]);
+        }
+    }
+}
+
+/// A receive into as many buffers as `len` bytes need; it ends with what has come.
+pub fn recv_bundle(fd: RawFd, len: u32) -> squeue::Entry {
+    let mut entry = opcode::RecvBundle::new(Fd(fd), GROUP).build();
+    set_field(&mut entry, LEN_OFFSET, len);
+    entry
+}
+
+/// A multishot receive that ends by itself after `len` bytes.
+pub fn recv_capped(fd: RawFd, len: u32) -> squeue::Entry {
+    let mut entry = opcode::RecvMultiBundle::new(Fd(fd), GROUP).build();
+    set_field(&mut entry, OPTLEN_OFFSET, len);
+    entry
+}
+
+/// Places of fields in the kernel's `struct io_uring_sqe` (linux/io_uring.h), which is what an entry is, that
+/// the crate cannot set for these operations.
+const LEN_OFFSET: usize = 24;
+const OPTLEN_OFFSET: usize = 44;
+const _: () = assert!(size_of::<squeue::Entry>() == 64);
+
+fn set_field(entry: &mut squeue::Entry, offset: usize, value: u32) {
+    assert!(offset + 4 <= size_of::<squeue::Entry>());
+    // SAFETY: an entry is 64 plain bytes of which any value is one, and the offset was just checked.
+    unsafe { (&raw mut *entry).cast::<u8>().add(offset).cast::<u32>().write(value) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_receives_can_do_is_known_for_this_kernel() {
+        let (mut uring, mut buffers) = make(8, 4096).expect("a ring");
+        let receives = Receives::probe(&mut uring, &mut buffers);
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release");
+        let mut numbers = release.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+        let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        let expected = Receives { bundles: version >= (6, 16), capped: version >= (6, 17) };
+        assert_eq!(receives, expected, "on {release}");
+    }
+
+    /// Submits an entry to a fresh ring, and returns what became of it.
+    fn result_of(entry: &squeue::Entry) -> i32 {
+        let (mut uring, _buffers) = make(2, 4096).expect("a ring");
+        // SAFETY: the entries of these tests refer to no memory.
+        unsafe { uring.submission().push(entry) }.expect("room for it");
+        uring.submit_and_wait(1).expect("it is submitted");
+        uring.completion().next().expect("its completion").result()
+    }
+
+    #[test]
+    fn a_ring_refuses_what_the_door_does_not_use() {
+        let path = c"/etc/hostname";
+        let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
+        for entry in [opcode::Nop::new().build(), open, opcode::Socket::new(1, 1, 0).build()] {
+            assert_eq!(result_of(&entry), -libc::EACCES);
+        }
+        let (ours, _theirs) = UnixStream::pair().expect("a pair");
+        let close = opcode::Close::new(Fd(std::os::fd::IntoRawFd::into_raw_fd(ours))).build();
+        assert_eq!(result_of(&close), 0);
+    }
+
+    #[test]
+    fn an_enabled_ring_registers_nothing_more() {
+        let (uring, _buffers) = make(2, 4096).expect("a ring");
+        let refused = uring.submitter().register_files(&[0]).expect_err("a restricted ring");
+        assert_eq!(refused.raw_os_error(), Some(libc::EACCES));
+    }
+}
