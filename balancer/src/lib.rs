@@ -15,6 +15,7 @@
 #![deny(unsafe_code)]
 
 pub mod access_log;
+pub mod config_file;
 pub mod control;
 pub mod core;
 pub mod door;

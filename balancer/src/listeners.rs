@@ -69,7 +69,7 @@ pub enum BadBind {
     Form { text: String },
     #[error(transparent)]
     Name(#[from] BadName),
-    #[error("a listener has no place")]
+    #[error(transparent)]
     Address(#[from] AddressError),
     #[error("a listener's unix socket has an absolute path, which {path:?} is not")]
     Relative { path: String },

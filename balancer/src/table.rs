@@ -155,7 +155,8 @@ pub struct Upstream {
     pub id: String,
     /// Where it listens: `ip:port`, or `unix:PATH`.
     pub address: Address,
-    /// Whether it may be given traffic.
+    /// Whether it may be given traffic; it may, where nobody says otherwise.
+    #[serde(default)]
     pub state: UpstreamState,
     /// Tell it of each client with a PROXY protocol header (version 2) before the client's own bytes. For
     /// routes by port and by server name: HTTP connections carry requests of many clients.
@@ -167,10 +168,11 @@ pub struct Upstream {
 }
 
 /// Whether an upstream may be given traffic, as the sender of the table judges it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum UpstreamState {
     /// Healthy: takes new requests and connections.
+    #[default]
     Up,
     /// Gets nothing new; what it is doing, it finishes. Idle connections to it are closed at once.
     Draining,

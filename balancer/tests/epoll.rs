@@ -7,6 +7,8 @@
 
 #[path = "actions.rs"]
 mod actions;
+#[path = "config_file.rs"]
+mod config_file;
 #[path = "conformance.rs"]
 mod conformance;
 #[path = "deploy.rs"]

@@ -252,7 +252,7 @@ fn what_cannot_be_listened_on_says_why() {
         (taken.as_str(), "the port is in use"),
         ("http=192.0.2.1:80", "no interface here has this address"),
         ("gopher=127.0.0.1:70", "names no kind of listener"),
-        ("http=nowhere", "is not of the form IP:PORT"),
+        ("http=nowhere", "is neither IP:PORT nor unix:PATH"),
     ] {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_epagent-balancer"));
         let output = command.args(["--listen", listen]).output().expect("it runs");

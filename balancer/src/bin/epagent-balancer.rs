@@ -2,7 +2,7 @@
 //!
 //! Without a subcommand it serves: listeners and the control socket (`control`) come by the systemd
 //! socket-activation protocol or from `--http`, `--listen` and `--control`; routes come over the control
-//! socket, and from the state folder at start. `run` proxies without any of that. `status`, `set-table` and
+//! socket, and from the state folder at start; or both come from a file (`--config`). `run` proxies without any of that. `status`, `set-table` and
 //! `reload` speak to a running one.
 
 use std::collections::HashSet;
@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use epagent_balancer::config_file::ConfigFile;
 use epagent_balancer::control::client::Client;
 use epagent_balancer::control::connections::ConnectionsQuery;
 use epagent_balancer::core::config::Config;
@@ -42,6 +43,11 @@ enum Command {
     Serve(ServeArgs),
     /// Proxy from one address to others, without any control
     Run(RunArgs),
+    /// Say whether a configuration file is valid
+    Check {
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
     /// Show the state of a running balancer, as JSON
     Status(ControlArgs),
     /// Have a running balancer hand over to a new process of its program on disk
@@ -72,6 +78,9 @@ enum Command {
 
 #[derive(Args)]
 struct ServeArgs {
+    /// Go by this TOML file: its listeners, and its routes, which SIGHUP reads again
+    #[arg(long, value_name = "FILE", conflicts_with = "state")]
+    config: Option<PathBuf>,
     /// Folder in which the table is kept
     #[arg(long)]
     state: Option<PathBuf>,
@@ -187,6 +196,7 @@ fn main() -> ExitCode {
         None => serve(cli.serve),
         Some(Command::Serve(args)) => serve(args),
         Some(Command::Run(args)) => run(args),
+        Some(Command::Check { config }) => check(&config),
         Some(Command::Status(args)) => status(&args.control),
         Some(Command::Reload(args)) => reload(&args.control),
         Some(Command::HandoverLaunch { command }) => {
@@ -218,8 +228,10 @@ fn serve_with(args: ServeArgs, endowment: Endowment) -> Result<(), String> {
         (None, Some(path)) => Some(bind_control(path)?.into()),
         (None, None) => None,
     };
+    let config_file = args.config.map(|path| load_config(&path).map(|file| (path, file))).transpose()?;
     let common = args.common;
     start(Options {
+        config_file,
         state_dir: args.state,
         port_address: args.port_address,
         control_uid: args.control_uid,
@@ -281,6 +293,20 @@ fn bind_control(path: &Path) -> Result<UnixListener, String> {
         _ => {}
     }
     UnixListener::bind(path).map_err(failed)
+}
+
+fn load_config(path: &Path) -> Result<ConfigFile, String> {
+    let file = ConfigFile::load(path).map_err(|error| chain(&error))?;
+    for warning in file.warnings() {
+        log(&warning);
+    }
+    Ok(file)
+}
+
+fn check(path: &Path) -> Result<(), String> {
+    let file = load_config(path)?;
+    println!("{}: {} listeners and {} routes", path.display(), file.listeners.len(), file.routes.len());
+    Ok(())
 }
 
 fn status(control: &Path) -> Result<(), String> {
@@ -363,6 +389,7 @@ impl CommonArgs {
             inherited: Vec::new(),
             bind: Vec::new(),
             table: Table::empty(),
+            config_file: None,
             stop_timeout: Duration::from_millis(self.stop_timeout_ms),
             drain_timeout: Duration::from_millis(self.drain_timeout_ms),
             program: Program::of_this_process(None),

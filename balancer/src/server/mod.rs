@@ -8,6 +8,7 @@
 mod audit;
 mod connections;
 mod life;
+mod reread;
 mod say;
 mod status;
 mod succession;
@@ -29,10 +30,12 @@ use nix::sys::signalfd::SignalFd;
 
 use self::audit::Trail;
 use self::life::Life;
+use self::reread::ConfigSource;
 pub use self::say::{chain, log};
 use self::system::{connections_by_descriptors, random_seed, watch_signals};
 pub use self::waits::poll_timeout;
 use crate::access_log::AccessLog;
+use crate::config_file::ConfigFile;
 use crate::control::protocol::{Request, Response};
 use crate::control::server::{ControlServer, Reply};
 use crate::core::config::Config;
@@ -82,6 +85,8 @@ pub struct Options {
     pub access_log: Option<PathBuf>,
     /// The table to start with where none is saved.
     pub table: Table,
+    /// A file to go by, for the table and for more listeners to bind: it is read again on SIGHUP, and goes before a table that is handed over.
+    pub config_file: Option<(PathBuf, ConfigFile)>,
     /// How long to go on for clients that are being served when told to stop.
     pub stop_timeout: Duration,
     /// How long to go on for them after a handover.
@@ -125,6 +130,7 @@ pub struct Server {
     listeners: Listeners,
     control: Option<ControlServer>,
     saved: Option<Saved>,
+    config_source: Option<ConfigSource>,
     table: Arc<Table>,
     signals: SignalFd,
     worker_ended: Arc<EventFd>,
@@ -184,7 +190,9 @@ impl Server {
         for inherited in options.inherited {
             listeners.inherit(inherited)?;
         }
-        for bind in options.bind {
+        let file = options.config_file.as_ref().map(|(_, file)| file);
+        let more = file.map(ConfigFile::binds).unwrap_or_default();
+        for bind in options.bind.into_iter().chain(more) {
             listeners.bind(bind)?;
         }
         let control = options.control.map(|socket| ControlServer::new(socket, options.control_uid));
@@ -192,7 +200,10 @@ impl Server {
         let saved = options.state_dir.map(|dir| Saved::new(&dir));
         let handed_over = options.handed.is_some();
         let (taking, handed) = options.handed.unzip();
-        let table = handed.or_else(|| saved.as_ref().and_then(load_saved)).unwrap_or(options.table);
+        let table = match file {
+            Some(file) => file.table_after(&handed.unwrap_or_else(Table::empty)),
+            None => handed.or_else(|| saved.as_ref().and_then(load_saved)).unwrap_or(options.table),
+        };
         let mut server = Self {
             io,
             unix,
@@ -200,6 +211,7 @@ impl Server {
             listeners,
             control,
             saved,
+            config_source: options.config_file.map(|(path, file)| ConfigSource::new(path, &file)),
             table: Arc::new(table),
             signals,
             worker_ended,

@@ -9,11 +9,12 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 /// Descriptors kept for everything that is not a client or upstream connection.
 const SPARE_DESCRIPTORS: u64 = 128;
 
-/// SIGTERM, SIGINT and SIGUSR2, blocked in the calling thread and in those it starts.
+/// SIGTERM, SIGINT, SIGHUP and SIGUSR2, blocked in the calling thread and in those it starts.
 pub fn watch_signals() -> nix::Result<SignalFd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGHUP);
     signals.add(Signal::SIGUSR2);
     signals.thread_block()?;
     SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)

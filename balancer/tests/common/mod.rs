@@ -81,6 +81,14 @@ impl Balancer {
         Self::spawned(spawn(command).expect("the balancer starts"), dir)
     }
 
+    /// Going by a configuration file.
+    pub fn by_file(file: &std::path::Path, dir: tempfile::TempDir) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_epagent-balancer"));
+        command.args(IO_ARGUMENTS).arg("--config").arg(file);
+        command.arg("--control").arg(dir.path().join("control.sock"));
+        Self::spawned(command.spawn().expect("the balancer starts"), dir)
+    }
+
     /// With inherited sockets, as systemd would hand them over, the control socket among them.
     pub fn inheriting(http: &TcpListener, dir: tempfile::TempDir) -> Self {
         let path = dir.path().join("control.sock");

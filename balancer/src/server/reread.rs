@@ -1,0 +1,51 @@
+//! Reading the configuration file again: all of its table takes effect, or nothing.
+
+use std::path::PathBuf;
+
+use super::{Server, chain, log};
+use crate::config_file::{ConfigFile, ListenerEntry};
+use crate::control::audit::Actor;
+use crate::control::protocol::Response;
+
+/// The file this balancer goes by.
+pub struct ConfigSource {
+    path: PathBuf,
+    /// What it said of listeners when they were bound.
+    listeners: Vec<ListenerEntry>,
+}
+
+impl ConfigSource {
+    pub fn new(path: PathBuf, file: &ConfigFile) -> Self {
+        Self { path, listeners: file.listeners.clone() }
+    }
+}
+
+impl Server {
+    /// Takes over what the file says now. With an error, everything stays as it is.
+    pub(super) fn reread(&mut self) {
+        let Some(source) = &self.config_source else {
+            return log("SIGHUP: there is no --config FILE to read again");
+        };
+        let file = match ConfigFile::load(&source.path) {
+            Ok(file) => file,
+            Err(error) => return log(&format!("table {} stays: {}", self.table.version, chain(&error))),
+        };
+        if file.listeners != source.listeners {
+            log("the listeners in the file have changed: they take effect with `reload` (SIGUSR2)");
+        }
+        for warning in file.warnings() {
+            log(&warning);
+        }
+        let table = file.table_after(&self.table);
+        match self.change_table(Actor::Process, table) {
+            Response::Ack(ack) => {
+                for problem in ack.problems {
+                    log(&format!("route {}: {}", problem.route.as_deref().unwrap_or("-"), problem.message));
+                }
+                log(&format!("serving table {} with {} routes", ack.version, self.table.routes.len()));
+            }
+            Response::Error(error) => log(&format!("table {} stays: {}", self.table.version, error.message)),
+            _ => {}
+        }
+    }
+}
