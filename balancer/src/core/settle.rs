@@ -150,7 +150,8 @@ impl Core {
                 UpPhase::Idle { .. } => Wanted::Take(RecvMode::Many),
                 UpPhase::Exchange(_) => self.peer_takes(sock),
             },
-            (_, Role::Check(check)) => (check.is_asking(), false),
+            (_, Role::Check(check)) if check.is_asking() => Wanted::Take(RecvMode::Many),
+            (_, Role::Check(_)) => Wanted::Nothing,
             (_, Role::Tunnel { .. }) => self.peer_takes(sock),
         }
     }
@@ -299,6 +300,7 @@ impl Core {
         match (&sock.role, sock.peer) {
             (Role::Upstream(_), Some(client)) => self.abandon_exchange(client, Answer::NoMemory),
             (Role::Upstream(_), None) => self.discard_upstream(id, true),
+            (Role::Check(_), _) => self.check_late(id),
             (Role::Tunnel { .. }, _) => {
                 self.counters.shed_memory += 1;
                 self.close_tunnel(id, true, Outcome::Own(Answer::NoMemory));
