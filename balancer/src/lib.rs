@@ -23,6 +23,7 @@ pub mod doors;
 pub mod epoll;
 pub mod handover;
 pub mod listeners;
+pub mod metrics;
 pub mod notify;
 pub mod ring;
 pub mod saved;

@@ -133,7 +133,10 @@ pub enum ListenError {
     Unix(#[from] UnixListenError),
     #[error("the inherited descriptor {name:?} is no listening stream socket")]
     NotListening { name: String },
-    #[error("the inherited descriptor {name:?} is not known here; besides listeners, it may be `control`")]
+    #[error(
+        "the inherited descriptor {name:?} is not known here; besides listeners, it may be `control` or \
+             `metrics`"
+    )]
     UnknownName {
         name: String,
         #[source]
@@ -303,6 +306,14 @@ impl Listeners {
         self.next_id += 1;
         self.all.insert(id, Listener { listen, socket: Arc::new(socket), origin });
         id
+    }
+}
+
+/// A listening socket of our own, for other purposes than the data path's.
+pub fn listening(address: &Address) -> Result<OwnedFd, ListenError> {
+    match address {
+        Address::Tcp(address) => bound(*address).map_err(|source| ListenError::of(*address, source)),
+        Address::Unix(path) => Ok(unix::bound(path)?),
     }
 }
 

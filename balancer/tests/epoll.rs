@@ -23,6 +23,8 @@ mod health;
 mod hold;
 #[path = "http.rs"]
 mod http;
+#[path = "metrics.rs"]
+mod metrics;
 #[path = "preface.rs"]
 mod preface;
 #[path = "process.rs"]

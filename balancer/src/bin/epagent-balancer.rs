@@ -8,6 +8,7 @@
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,7 +24,7 @@ use epagent_balancer::doors::{BufferSizes, IoChoice};
 use epagent_balancer::handover::endowment::Endowment;
 use epagent_balancer::handover::launch::{self, Program};
 use epagent_balancer::handover::{LAUNCH_TIMEOUT, READY_TIMEOUT};
-use epagent_balancer::listeners::Bind;
+use epagent_balancer::listeners::{Bind, listening};
 use epagent_balancer::server::{Options, Server, chain, log};
 use epagent_balancer::table::{Action, Address, Match, Proxy, Route, Table, Upstream, UpstreamState};
 
@@ -58,6 +59,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Show the metrics of a running balancer, as Prometheus would get them
+    Metrics(ControlArgs),
     /// Show a running balancer's client connections, as one JSON object per line
     Connections {
         #[command(flatten)]
@@ -155,6 +158,9 @@ struct CommonArgs {
     /// Most client connections [default: what the descriptor limit allows]
     #[arg(long, value_name = "COUNT")]
     max_connections: Option<u64>,
+    /// Answer `GET /metrics` here, for Prometheus: ADDR:PORT or unix:/PATH, unless a socket is inherited
+    #[arg(long, value_name = "ADDR")]
+    metrics: Option<Address>,
     /// Log every HTTP request to this file, one JSON object per line
     #[arg(long, value_name = "PATH")]
     access_log: Option<PathBuf>,
@@ -202,6 +208,7 @@ fn main() -> ExitCode {
         Some(Command::HandoverLaunch { command }) => {
             launch::be_launcher(&command).map_err(|error| chain(&error))
         }
+        Some(Command::Metrics(args)) => metrics(&args.control),
         Some(Command::Connections { control, route }) => connections(&control.control, route),
         Some(Command::Audit(args)) => audit(&args.control),
         Some(Command::SetTable { control, file }) => set_table(&control.control, &file),
@@ -236,6 +243,7 @@ fn serve_with(args: ServeArgs, endowment: Endowment) -> Result<(), String> {
         port_address: args.port_address,
         control_uid: args.control_uid,
         control,
+        metrics: metrics_socket(endowment.metrics, common.metrics.as_ref())?,
         inherited: endowment.listeners,
         program: endowment.program,
         handed: endowment.handed,
@@ -274,7 +282,8 @@ fn run(args: RunArgs) -> Result<(), String> {
     }
     let table = Table { routes, ..Table::empty() };
     table.validate().map_err(|error| chain(&error))?;
-    start(Options { bind, table, ..args.common.options() })
+    let metrics = metrics_socket(None, args.common.metrics.as_ref())?;
+    start(Options { bind, table, metrics, ..args.common.options() })
 }
 
 fn start(options: Options) -> Result<(), String> {
@@ -322,6 +331,20 @@ fn reload(control: &Path) -> Result<(), String> {
     let reloaded = client.reload().map_err(|error| chain(&error))?;
     println!("process {} is in charge", reloaded.pid);
     Ok(())
+}
+
+fn metrics(control: &Path) -> Result<(), String> {
+    print!("{}", connect(control)?.metrics().map_err(|error| chain(&error))?);
+    Ok(())
+}
+
+/// Where metrics are asked for: what was handed over, else what is asked for.
+fn metrics_socket(handed: Option<OwnedFd>, wanted: Option<&Address>) -> Result<Option<OwnedFd>, String> {
+    match (handed, wanted) {
+        (Some(socket), _) => Ok(Some(socket)),
+        (None, Some(address)) => listening(address).map(Some).map_err(|error| chain(&error)),
+        (None, None) => Ok(None),
+    }
 }
 
 fn connections(control: &Path, route: Option<String>) -> Result<(), String> {
@@ -386,6 +409,7 @@ impl CommonArgs {
             port_address: IpAddr::from([127, 0, 0, 1]),
             control_uid: None,
             control: None,
+            metrics: None,
             inherited: Vec::new(),
             bind: Vec::new(),
             table: Table::empty(),

@@ -8,8 +8,8 @@ use std::time::Duration;
 use super::audit::{Audit, AuditQuery};
 use super::connections::{Connections, ConnectionsQuery};
 use super::protocol::{
-    Ack, ControlError, LINE_BYTES_MAX, ReloadQuery, Reloaded, Request, Response, Status, StatusQuery,
-    WaitQuery, Waited,
+    Ack, ControlError, METRICS_LINE_BYTES_MAX, MetricsQuery, ReloadQuery, Reloaded, Request, Response,
+    Status, StatusQuery, WaitQuery, Waited,
 };
 use crate::table::Table;
 
@@ -73,6 +73,15 @@ impl Client {
         }
     }
 
+    /// Asks for the metrics, in Prometheus' text format.
+    pub fn metrics(&mut self) -> Result<String, ClientError> {
+        match self.request(&Request::Metrics(MetricsQuery {}))? {
+            Response::Metrics(metrics) => Ok(metrics.text),
+            Response::Error(error) => Err(ClientError::Refused(error)),
+            _ => Err(ClientError::Mismatch),
+        }
+    }
+
     /// Asks for one page of open client connections.
     pub fn connections(&mut self, query: ConnectionsQuery) -> Result<Connections, ClientError> {
         match self.request(&Request::Connections(query))? {
@@ -128,7 +137,7 @@ impl Client {
             _ => {}
         }
         let mut answer = Vec::new();
-        let mut bounded = (&mut self.stream).take(LINE_BYTES_MAX as u64);
+        let mut bounded = (&mut self.stream).take(METRICS_LINE_BYTES_MAX as u64);
         if bounded.read_until(b'\n', &mut answer).map_err(ClientError::Io)? == 0 {
             return Err(ClientError::Closed);
         }

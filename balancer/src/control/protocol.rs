@@ -31,6 +31,9 @@ use crate::unix::TenantSockets;
 /// Longest line either side accepts, in bytes, newline included.
 pub const LINE_BYTES_MAX: usize = 4 * 1024 * 1024;
 
+/// Longest line with metrics, in bytes: as many routes and upstreams as are shown, with ids of full length.
+pub const METRICS_LINE_BYTES_MAX: usize = 32 * 1024 * 1024;
+
 /// Longest a [`WaitQuery`] is left unanswered, in milliseconds.
 pub const WAIT_MS_MAX: u64 = 60_000;
 
@@ -42,6 +45,8 @@ pub enum Request {
     SetTable(Table),
     /// Report counters, upstreams, hold queues and listeners.
     Status(StatusQuery),
+    /// Say what status says in Prometheus' text format.
+    Metrics(MetricsQuery),
     /// Show open client connections, a page at a time.
     Connections(ConnectionsQuery),
     /// Show the last changes, and who made them.
@@ -57,6 +62,18 @@ pub enum Request {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReloadQuery {}
+
+/// `metrics` takes no arguments.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MetricsQuery {}
+
+/// Metrics in Prometheus' text format 0.0.4. The only answer that may be longer than [`LINE_BYTES_MAX`], up to
+/// [`METRICS_LINE_BYTES_MAX`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metrics {
+    pub text: String,
+}
 
 /// What of the status is wanted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +110,7 @@ pub enum Response {
     Ack(Ack),
     /// The state of things.
     Status(Box<Status>),
+    Metrics(Metrics),
     Connections(Connections),
     Audit(Audit),
     /// The wait is over.
@@ -266,6 +284,18 @@ pub enum ShownState {
     Removed,
 }
 
+impl ShownState {
+    /// As it is written in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Draining => "draining",
+            Self::Down => "down",
+            Self::Removed => "removed",
+        }
+    }
+}
+
 impl From<UpstreamState> for ShownState {
     fn from(state: UpstreamState) -> Self {
         match state {
@@ -352,14 +382,22 @@ impl UpstreamStatus {
 }
 
 macro_rules! counters {
-    ($( $(#[$doc:meta])* $name:ident ),+ $(,)?) => {
+    ($( $(#[doc = $doc:literal])* $name:ident ),+ $(,)?) => {
         /// Counts since the process started; each distinct answer of the balancer's own has one.
         #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-        pub struct Counters { $( $(#[$doc])* #[serde(default)] pub $name: u64 ),+ }
+        pub struct Counters { $( $(#[doc = $doc])* #[serde(default)] pub $name: u64 ),+ }
 
         impl Counters {
+            /// Those that say what is now, rather than what has been.
+            pub const GAUGES: [&str; 2] = ["connections_open", "upstream_connections_open"];
+
             /// Adds another thread's counts.
             pub fn add(&mut self, other: &Counters) { $( self.$name += other.$name; )+ }
+
+            /// Each with its name and what it counts.
+            pub fn each(&self) -> impl Iterator<Item = (&'static str, &'static str, u64)> {
+                [$( (stringify!($name), concat!($($doc),*).trim_ascii(), self.$name) ),+].into_iter()
+            }
 
             /// What stays of a process that has ended: what it has counted, and nothing it has open.
             pub fn without_gauges(&self) -> Counters {

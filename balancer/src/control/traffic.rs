@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 use crate::core::histogram::Histogram;
 
 macro_rules! tally {
-    ($(#[$about:meta])* $name:ident { $( $(#[$doc:meta])* $field:ident ),+ $(,)? }) => {
+    ($(#[$about:meta])* $name:ident { $( $(#[doc = $doc:literal])* $field:ident = $label:literal ),+ $(,)? }) => {
         $(#[$about])*
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
         #[serde(default)]
-        pub struct $name { $( $(#[$doc])* pub $field: u64 ),+ }
+        pub struct $name { $( $(#[doc = $doc])* #[serde(rename = $label)] pub $field: u64 ),+ }
 
         impl $name {
             /// Adds another thread's counts.
@@ -20,7 +20,7 @@ macro_rules! tally {
 
             /// Each count with its name.
             pub fn each(&self) -> impl Iterator<Item = (&'static str, u64)> {
-                [$( (stringify!($field), self.$field) ),+].into_iter()
+                [$( ($label, self.$field) ),+].into_iter()
             }
 
             pub fn total(&self) -> u64 { self.each().map(|(_, count)| count).sum() }
@@ -32,15 +32,15 @@ tally! {
     /// How requests and connections ended.
     Ends {
         /// The app's response was passed on in full; a connection ended from both sides.
-        passed,
+        passed = "passed",
         /// The client went away before.
-        aborted,
+        aborted = "aborted",
         /// The app went away in the middle, and the client saw a reset.
-        cut,
+        cut = "cut",
         /// The route answered by itself: a static page, a redirect, a bare status.
-        page,
+        page = "page",
         /// The balancer answered in its own name, or ended the connection: shed, expired, idle, app dead.
-        refused,
+        refused = "refused",
     }
 }
 
@@ -48,17 +48,12 @@ tally! {
     /// What clients were answered, by the first digit of the status.
     Responses {
         /// None at all: plain connections, and clients that went away before.
-        none,
-        #[serde(rename = "1xx")]
-        informational,
-        #[serde(rename = "2xx")]
-        success,
-        #[serde(rename = "3xx")]
-        redirection,
-        #[serde(rename = "4xx")]
-        client_error,
-        #[serde(rename = "5xx")]
-        server_error,
+        none = "none",
+        informational = "1xx",
+        success = "2xx",
+        redirection = "3xx",
+        client_error = "4xx",
+        server_error = "5xx",
     }
 }
 

@@ -15,6 +15,8 @@ pub struct Endowment {
     pub listeners: Vec<Inherited>,
     /// `control`: the control socket.
     pub control: Option<OwnedFd>,
+    /// `metrics`: where metrics are asked for.
+    pub metrics: Option<OwnedFd>,
     pub program: Program,
     /// The way to an old process, and its table.
     pub handed: Option<(Taking, Table)>,
@@ -39,13 +41,14 @@ impl Endowment {
             None => (inherit::take()?, None, None),
         };
         let control = by_name(&mut sockets, "control");
+        let metrics = by_name(&mut sockets, "metrics");
         // A descriptor of the folder that the program is in.
         let program = Program::of_this_process(by_name(&mut sockets, "program"));
         let program = match path {
             Some(path) => program.at(path),
             None => program,
         };
-        Ok(Self { listeners: sockets, control, program, handed })
+        Ok(Self { listeners: sockets, control, metrics, program, handed })
     }
 }
 

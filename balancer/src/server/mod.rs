@@ -47,6 +47,7 @@ use crate::handover::launch::Program;
 use crate::handover::predecessors::Predecessors;
 use crate::handover::taking::Taking;
 use crate::listeners::{Bind, ListenError, Listeners};
+use crate::metrics::server::MetricsServer;
 use crate::notify::Notifier;
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
@@ -79,6 +80,8 @@ pub struct Options {
     pub control: Option<OwnedFd>,
     /// Inherited listeners.
     pub inherited: Vec<Inherited>,
+    /// Where metrics are asked for.
+    pub metrics: Option<OwnedFd>,
     /// Listeners to bind at start.
     pub bind: Vec<Bind>,
     /// Where to log requests, one JSON object per line.
@@ -112,6 +115,8 @@ pub enum ServerError {
     AccessLog(#[source] std::io::Error),
     #[error("cannot start the thread that writes the log")]
     Log(#[source] std::io::Error),
+    #[error("cannot use the socket for metrics")]
+    Metrics(#[source] std::io::Error),
     #[error("cannot use the control socket")]
     Control(#[source] std::io::Error),
     #[error("cannot watch signals and threads")]
@@ -129,6 +134,7 @@ pub struct Server {
     workers: Vec<Worker>,
     listeners: Listeners,
     control: Option<ControlServer>,
+    metrics: Option<MetricsServer>,
     saved: Option<Saved>,
     config_source: Option<ConfigSource>,
     table: Arc<Table>,
@@ -197,6 +203,7 @@ impl Server {
         }
         let control = options.control.map(|socket| ControlServer::new(socket, options.control_uid));
         let control = control.transpose().map_err(ServerError::Control)?;
+        let metrics = options.metrics.map(MetricsServer::new).transpose().map_err(ServerError::Metrics)?;
         let saved = options.state_dir.map(|dir| Saved::new(&dir));
         let handed_over = options.handed.is_some();
         let (taking, handed) = options.handed.unzip();
@@ -210,6 +217,7 @@ impl Server {
             workers,
             listeners,
             control,
+            metrics,
             saved,
             config_source: options.config_file.map(|(path, file)| ConfigSource::new(path, &file)),
             table: Arc::new(table),
@@ -245,6 +253,7 @@ impl Server {
             self.look_after_successor();
             self.predecessors.look();
             self.serve_control();
+            self.serve_metrics();
             self.reload_for_peers();
             self.feed_watchdog();
             if self.live_on()? {
@@ -283,14 +292,18 @@ impl Server {
         let handover = self.giving.iter().map(AsFd::as_fd).chain(self.predecessors.descriptors());
         let watched = fixed.into_iter().chain(handover).chain(self.life.successor().map(AsFd::as_fd));
         let watched = watched.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        let mut polled: Vec<PollFd<'_>> = watched.chain(control).collect();
+        let metrics = self.metrics.iter().flat_map(MetricsServer::polled);
+        let mut polled: Vec<PollFd<'_>> = watched.chain(control).chain(metrics).collect();
+        let hang_up_at = self.metrics.as_ref().and_then(MetricsServer::next_deadline);
         let tell_at = self.control.as_ref().and_then(ControlServer::next_deadline);
         let beat_at = self.watchdog.as_ref().map(Watchdog::due);
         let give_up_at = self.giving.as_ref().map(Giving::deadline);
-        let timeout = match [self.life.look_at(), tell_at, beat_at, give_up_at].into_iter().flatten().min() {
-            Some(at) => poll_timeout(at),
-            None => PollTimeout::NONE,
-        };
+        let timeout =
+            match [self.life.look_at(), tell_at, hang_up_at, beat_at, give_up_at].into_iter().flatten().min()
+            {
+                Some(at) => poll_timeout(at),
+                None => PollTimeout::NONE,
+            };
         // An error here is EINTR or a passing shortage; everything is looked at anyway.
         let _ = poll(&mut polled, timeout);
     }
@@ -300,6 +313,7 @@ impl Server {
         self.tell_waiting(&mut control);
         control.serve(|actor, request| match request {
             Request::SetTable(table) => Reply::Now(self.change_table(actor, table)),
+            Request::Metrics(_) => Reply::Now(self.metrics_response()),
             Request::Connections(query) => Reply::Now(self.connections(&query)),
             Request::Audit(_) => Reply::Now(Response::Audit(self.trail.show())),
             Request::Status(query) => Reply::Now(self.status(&query)),

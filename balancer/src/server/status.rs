@@ -1,15 +1,20 @@
 //! What the balancer says of itself: the sum of what its threads say, and of what the processes before it that
 //! still drain say of theirs.
 
+use std::time::Instant;
+
 use super::{Server, THREAD_TIMEOUT};
-use crate::control::protocol::{ErrorCode, Response, ShownState, Status, StatusQuery, UpstreamStatus};
+use crate::control::protocol::{
+    ErrorCode, Metrics, Response, ShownState, Status, StatusQuery, UpstreamStatus,
+};
 use crate::control::server::refusal;
 use crate::core::engine::Snapshot;
+use crate::metrics::families;
 
 impl Server {
     pub(super) fn status(&mut self, query: &StatusQuery) -> Response {
         let Some(mut status) = self.own_status(query) else {
-            return refusal(ErrorCode::Busy, "a data-path thread did not answer in time".to_owned());
+            return busy();
         };
         let past = self.predecessors.past().clone();
         let (draining, reports) = self.predecessors.reports(query);
@@ -20,6 +25,27 @@ impl Server {
         status.draining = draining;
         status.upstreams.sort_by(|a, b| (&a.id, &a.address).cmp(&(&b.id, &b.address)));
         Response::Status(Box::new(status))
+    }
+
+    /// The same in Prometheus' format.
+    fn metrics_text(&mut self) -> Option<String> {
+        match self.status(&StatusQuery { latency: true }) {
+            Response::Status(status) => Some(families::render(&status)),
+            _ => None,
+        }
+    }
+
+    pub(super) fn metrics_response(&mut self) -> Response {
+        match self.metrics_text() {
+            Some(text) => Response::Metrics(Metrics { text }),
+            None => busy(),
+        }
+    }
+
+    pub(super) fn serve_metrics(&mut self) {
+        let Some(mut metrics) = self.metrics.take() else { return };
+        metrics.serve(Instant::now(), || self.metrics_text());
+        self.metrics = Some(metrics);
     }
 
     /// Of this process alone.
@@ -62,6 +88,10 @@ fn add_report(status: &mut Status, report: &Status) {
             None => {}
         }
     }
+}
+
+fn busy() -> Response {
+    refusal(ErrorCode::Busy, "a data-path thread did not answer in time".to_owned())
 }
 
 /// Sums what the threads say.

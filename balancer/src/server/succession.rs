@@ -130,7 +130,8 @@ impl Server {
         let mut sockets = self.listeners.named();
         let control = self.control.as_ref().map(|control| ("control".to_owned(), control.listener()));
         let folder = self.program.folder().map(|folder| ("program".to_owned(), folder));
-        sockets.extend(control.into_iter().chain(folder));
+        let metrics = self.metrics.as_ref().map(|metrics| ("metrics".to_owned(), metrics.listener()));
+        sockets.extend(control.into_iter().chain(folder).chain(metrics));
         self.giving = Some(Giving::begin(&self.program, &self.table, &sockets)?);
         Ok(())
     }
@@ -139,6 +140,7 @@ impl Server {
     fn hand_over(&mut self) -> Result<(), HandoverError> {
         let Some(giving) = self.giving.take() else { return Ok(()) };
         let mut control = self.control.take();
+        let metrics = self.metrics.take();
         if let Some(control) = &mut control {
             // What they wait for is the successor's to say; it answers their next question at once.
             control.tell_waiting(&self.waited());
@@ -150,7 +152,7 @@ impl Server {
         let channel = match went {
             Ok(channel) => channel,
             Err(error) => {
-                self.control = control;
+                (self.control, self.metrics) = (control, metrics);
                 return Err(error);
             }
         };

@@ -10,6 +10,7 @@ pub mod client;
 pub mod denied;
 pub mod generations;
 pub mod hello;
+pub mod prometheus;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
