@@ -98,7 +98,7 @@ fn the_balancer_reads_every_request() {
         serde_json::from_str(&sent).unwrap_or_else(|error| panic!("{error}: {sent}"));
     assert!(matches!(read, protocol::Request::SetTable(table) if table.version == 7));
 
-    let sent = serde_json::to_string(&ours::Request::Status {}).unwrap();
+    let sent = serde_json::to_string(&ours::Request::Status { latency: false }).unwrap();
     let read: protocol::Request =
         serde_json::from_str(&sent).unwrap_or_else(|error| panic!("{error}: {sent}"));
     assert!(matches!(read, protocol::Request::Status(_)));
@@ -138,5 +138,31 @@ fn both_sides_mean_the_same_by_a_wait() {
             assert_eq!((waited.sequence, waited.routes), (4, vec!["shop/web/0".to_owned()]));
         }
         other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_agent_reads_the_balancers_counts_and_times() {
+    let mut duration = epagent_balancer::core::histogram::Histogram::default();
+    (1..=1_000).for_each(|number| duration.record(number * number));
+    let (p50, p99) = (duration.quantile_us(0.5), duration.quantile_us(0.99));
+    let latency = epagent_balancer::control::traffic::Latency { duration, ..Default::default() };
+    let route = protocol::RouteStatus {
+        id: "shop/web/0".to_owned(),
+        requests_total: 1_000,
+        latency: Some(latency),
+        ..Default::default()
+    };
+    let status = protocol::Status { table_version: 7, routes: vec![route], ..Default::default() };
+    let text = serde_json::to_string(&protocol::Response::Status(Box::new(status))).unwrap();
+    let ours::Response::Status(read) = serde_json::from_str(&text).unwrap() else { panic!("{text}") };
+    assert_eq!(read.table_version, 7);
+    assert!(read.counters.contains_key("connections_accepted"), "{:?}", read.counters);
+    let took = &read.routes[0].latency.as_ref().unwrap().duration;
+    assert_eq!((took.count(), took.quantile_us(0.5), took.quantile_us(0.99)), (1_000, Some(p50), Some(p99)));
+
+    for request in [ours::Request::Status { latency: true }, ours::Request::Reload {}] {
+        let sent = serde_json::to_string(&request).unwrap();
+        serde_json::from_str::<protocol::Request>(&sent).unwrap_or_else(|error| panic!("{error}: {sent}"));
     }
 }

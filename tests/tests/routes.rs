@@ -202,3 +202,33 @@ fn a_port_can_be_held_and_released() {
     host.cli(&["route", "clear", &target]).ok();
     host.stop();
 }
+
+#[test]
+fn an_operator_sees_what_the_balancer_does() {
+    let host = DevHost::start();
+    host.deploy(&AppDir::server("shop", "v1", "instances = 2")).ok();
+    let load = host.load("shop.test", "hello v1");
+    load.wait_for(50, Duration::from_secs(30));
+    let top = host.cli(&["top", "--once"]).ok();
+    let line = top.lines().find(|line| line.starts_with("shop.test")).unwrap_or_else(|| panic!("{top}"));
+    let words: Vec<&str> = line.split_whitespace().collect();
+    assert_eq!((words[1], words.last()), ("shop", Some(&"up")), "{top}");
+    assert!(words[2].parse::<f64>().unwrap() > 1.0, "no requests per second\n{top}");
+    assert!(line.contains("ms") || line.contains("µs"), "no times\n{top}");
+    load.finish().assert_none_failed();
+
+    let status = host.cli(&["balancer", "status"]).ok();
+    for word in ["listeners", "http", "shop-", "table"] {
+        assert!(status.contains(word), "{word:?} is not in\n{status}");
+    }
+    let json: serde_json::Value =
+        serde_json::from_str(&host.cli(&["balancer", "status", "--json"]).ok()).unwrap();
+    assert!(json["counters"]["requests"].as_u64().unwrap() >= 50, "{json}");
+    let old = host.kill("epagent-balancer");
+    host.wait_restarted("epagent-balancer", old);
+    eventually("it says so itself", Duration::from_secs(10), || {
+        let status = host.cli(&["balancer", "status"]);
+        (status.code == Some(0) && !status.stdout.contains(&format!("process      {old},"))).then_some(())
+    });
+    host.stop();
+}

@@ -37,6 +37,8 @@
 //! | `POST /v1/routes/T/release` | [`RouteRelease`] → `{}`; ends a hold |
 //! | `POST /v1/routes/T/drain` | [`RouteDrain`] → [`RouteUpstream`] |
 //! | `POST /v1/routes/T/clear` | [`RouteClear`] → `{}`; the app's own route is in force again |
+//! | `GET /v1/balancer?latency=` | → [`crate::table::Status`] |
+//! | `POST /v1/balancer/reload` | → [`crate::table::Reloaded`], once a new process is in charge |
 //! | `GET /v1/events?app=&after=&follow=` | → [`Event`]s, or lines of them |
 //! | `GET /v1/errors` | → [`ErrorRow`]s |
 //! | `GET /v1/doctor` | → [`Check`]s |

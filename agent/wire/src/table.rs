@@ -3,6 +3,10 @@
 //! The balancer imports no crate of ours and documents the same shapes on its side, with all its counters; here
 //! is what the agent sends and reads. A test in `tests/` holds the two against each other.
 
+mod status;
+
+pub use status::*;
+
 use serde::{Deserialize, Serialize};
 
 /// The longest line either side sends.
@@ -12,7 +16,13 @@ pub const LINE_BYTES_MAX: usize = 4 << 20;
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     SetTable(Table),
-    Status {},
+    Status {
+        /// Also how long everything took.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        latency: bool,
+    },
+    /// Hand over to a new process of the program on disk.
+    Reload {},
     /// Answered when a route with nobody to answer begins to hold something, or when the time is up.
     Wait {
         /// The `sequence` of the last answer; 0 at first.
@@ -25,8 +35,9 @@ pub enum Request {
 #[serde(rename_all = "snake_case")]
 pub enum Response {
     Ack(Ack),
-    Status(Status),
+    Status(Box<Status>),
     Waited(Waited),
+    Reloaded(Reloaded),
     Error(Refused),
 }
 
@@ -122,36 +133,4 @@ pub struct Problem {
 pub struct Refused {
     pub code: String,
     pub message: String,
-}
-
-/// What the agent reads of the balancer's status.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Status {
-    pub table_version: u64,
-    pub routes: Vec<RouteStatus>,
-    pub upstreams: Vec<UpstreamStatus>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RouteStatus {
-    pub id: String,
-    /// Requests and connections now, held ones included.
-    pub active: u64,
-    /// How long there have been none.
-    pub idle_ms: u64,
-}
-
-/// The wait is over.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Waited {
-    pub sequence: u64,
-    /// Ids of the routes that hold something and have no upstream that is up, now.
-    pub routes: Vec<String>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UpstreamStatus {
-    pub id: String,
-    pub active_requests: u64,
-    pub active_connections: u64,
 }

@@ -2,7 +2,7 @@
 
 mod front;
 
-pub use front::RouteVerb;
+pub use front::{BalancerVerb, RouteVerb, TopArgs};
 
 use std::path::PathBuf;
 
@@ -69,6 +69,11 @@ pub enum Verb {
     /// List routes, or say what is done with a host or a port
     #[command(subcommand)]
     Route(RouteVerb),
+    /// Show the balancer, or hand it over to a newer program
+    #[command(subcommand)]
+    Balancer(BalancerVerb),
+    /// Watch the traffic of all routes, live
+    Top(TopArgs),
     /// Show what happened
     Events(EventsArgs),
     /// Show what went wrong, counted
@@ -418,6 +423,10 @@ mod tests {
             "image bootstrap py --include python3,python3-venv",
             "events shop -f",
             "destroy shop --yes",
+            "balancer status --json",
+            "balancer reload",
+            "top --once",
+            "top shop",
             "route ls --json",
             "route ls shop.example",
             "route set old.example --upstream 10.0.0.5:80 --upstream [fd00::5]:80",

@@ -121,7 +121,8 @@ impl Table {
         self.lines(&screen).iter().try_for_each(|line| screen.line(line))
     }
 
-    fn lines(&self, screen: &Screen) -> Vec<String> {
+    /// As they are printed.
+    pub fn lines(&self, screen: &Screen) -> Vec<String> {
         let width = |column: usize| {
             let cells =
                 self.rows.iter().filter_map(|row| row.get(column)).map(|(text, _)| text.chars().count());
@@ -154,9 +155,9 @@ pub fn cell(text: impl Into<String>) -> (String, Tone) {
 /// A state, in the tone of how it is.
 pub fn state_cell(state: &str) -> (String, Tone) {
     let tone = match state {
-        "running" | "healthy" | "serving" | "done" | "ok" => Tone::Good,
-        "degraded" | "unhealthy" | "waiting" | "warn" => Tone::Warn,
-        "failed" | "fail" | "exited" => Tone::Bad,
+        "running" | "healthy" | "serving" | "done" | "ok" | "up" => Tone::Good,
+        "degraded" | "unhealthy" | "waiting" | "warn" | "down" | "draining" => Tone::Warn,
+        "failed" | "fail" | "exited" | "unreachable" => Tone::Bad,
         _ => Tone::Plain,
     };
     (state.to_owned(), tone)

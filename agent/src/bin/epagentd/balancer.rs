@@ -6,12 +6,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use epagent_wire::table::{Ack, LINE_BYTES_MAX, Request, Response, Status, Table, Waited};
+use epagent_wire::table::{Ack, LINE_BYTES_MAX, Reloaded, Request, Response, Status, Table, Waited};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 /// How long the balancer may take for one exchange.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a new process of it may take to come up.
+const RELOAD_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Clone)]
 pub struct Balancer {
@@ -49,8 +52,21 @@ impl Balancer {
     }
 
     pub async fn status(&self) -> Result<Status, BalancerError> {
-        match self.exchange(&Request::Status {}, TIMEOUT).await? {
-            Response::Status(status) => Ok(status),
+        self.status_with(false).await
+    }
+
+    /// With `latency`, also how long everything took.
+    pub async fn status_with(&self, latency: bool) -> Result<Status, BalancerError> {
+        match self.exchange(&Request::Status { latency }, TIMEOUT).await? {
+            Response::Status(status) => Ok(*status),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Has the balancer hand over to a new process of the program on disk.
+    pub async fn reload(&self) -> Result<Reloaded, BalancerError> {
+        match self.exchange(&Request::Reload {}, RELOAD_TIMEOUT).await? {
+            Response::Reloaded(reloaded) => Ok(reloaded),
             other => Err(unexpected(other)),
         }
     }

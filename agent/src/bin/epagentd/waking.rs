@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     fn route(id: &str, active: u64, idle_ms: u64) -> RouteStatus {
-        RouteStatus { id: id.to_owned(), active, idle_ms }
+        RouteStatus { id: id.to_owned(), active, idle_ms, ..RouteStatus::default() }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use epagent::manifest::units::duration_ms;
+use epagent_core::name::AppName;
 use epagent_core::spec::RouteMatch;
 
 use super::Json;
@@ -106,6 +107,23 @@ pub enum RouteVerb {
         #[command(flatten)]
         reason: Reason,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BalancerVerb {
+    /// Show what the balancer says of itself
+    Status(Json),
+    /// Hand over to the program on disk; no connection is lost
+    Reload,
+}
+
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// Of this app only
+    pub app: Option<AppName>,
+    /// Once, after one second of looking
+    #[arg(long)]
+    pub once: bool,
 }
 
 /// Milliseconds of `30s`, `5m`, `1h`.

@@ -111,6 +111,18 @@ pub const CODES: &[Code] = &[
         "Name a new or empty folder of root's with a short path.",
     ),
     code(
+        "balancer_away",
+        "The balancer can't be asked.",
+        "It is being restarted, or can't start.",
+        "Try again in a moment; then see its log. Listening sockets are kept meanwhile.",
+    ),
+    code(
+        "balancer_refused",
+        "The balancer did not do what it was asked.",
+        "Its own message says why: a handover whose new process did not come up, or a request of another version.",
+        "See the balancer's log. What it has serves on.",
+    ),
+    code(
         "build_failed",
         "A command of `[build]` failed.",
         "It ended with another code than 0, ran out of memory, disk or time, or was not found in the image.",

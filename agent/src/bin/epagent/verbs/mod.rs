@@ -1,6 +1,7 @@
 //! What each command does: one file per subject.
 
 mod apps;
+mod balancer;
 mod codes;
 mod deploy;
 mod doctor;
@@ -12,6 +13,7 @@ mod routes;
 mod settings;
 mod stop;
 mod system;
+mod top;
 mod watch;
 
 use std::io::{self, Write};
@@ -45,6 +47,8 @@ pub async fn run(arguments: Arguments) -> Outcome {
         Verb::Volume(verb) => images::volume(&client, verb).await,
         Verb::Image(verb) => images::image(&client, verb).await,
         Verb::Route(verb) => routes::route(&client, verb).await,
+        Verb::Balancer(verb) => balancer::balancer(&client, verb).await,
+        Verb::Top(args) => top::top(&client, &args).await,
         Verb::Events(args) => system::events(&client, &args).await,
         Verb::Errors(json) => system::errors(&client, &json).await,
         Verb::Destroy(args) => stop::destroy(&client, &args).await,

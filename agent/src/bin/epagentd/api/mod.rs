@@ -4,6 +4,7 @@
 //! and nothing that runs a command. There is no TCP socket.
 
 mod apps;
+mod balancer;
 mod deploys;
 mod exec;
 mod failure;
@@ -175,6 +176,8 @@ fn router(apps: Apps) -> Router {
         .route("/v1/routes/{target}/release", post(routes::release))
         .route("/v1/routes/{target}/drain", post(routes::drain))
         .route("/v1/routes/{target}/clear", post(routes::clear))
+        .route("/v1/balancer", get(balancer::status))
+        .route("/v1/balancer/reload", post(balancer::reload))
         .route("/v1/volumes", get(images::volumes))
         .route("/v1/deploys", get(deploys::list).post(deploys::begin))
         .route("/v1/deploys/{deploy}", get(deploys::show).delete(deploys::cancel))

@@ -49,7 +49,7 @@ impl Front {
                 *taken = table;
                 Response::Ack(table::Ack { version: taken.version, problems: Vec::new() })
             }
-            _ => Response::Status(Status { table_version: taken.version, ..Status::default() }),
+            _ => Response::Status(Box::new(Status { table_version: taken.version, ..Status::default() })),
         }
     }
 

@@ -1,0 +1,116 @@
+//! The balancer itself.
+
+use epagent_wire::table::{Reloaded, Status};
+use hyper::Method;
+
+use super::{Outcome, print_json, written};
+use crate::args::BalancerVerb;
+use crate::client::Client;
+use crate::screen::{Screen, Table, Tone, cell, size, state_cell};
+
+pub async fn balancer(client: &Client, verb: BalancerVerb) -> Outcome {
+    match verb {
+        BalancerVerb::Status(json) if json.json => print_json(client, "/v1/balancer").await,
+        BalancerVerb::Status(_) => status(client).await,
+        BalancerVerb::Reload => {
+            let reloaded: Reloaded = client.order(Method::POST, "/v1/balancer/reload").await?;
+            let line = format!("process {} is in charge; the one before finishes what it has", reloaded.pid);
+            written(Screen::stdout().line(&line))
+        }
+    }
+}
+
+async fn status(client: &Client) -> Outcome {
+    let status: Status = client.get("/v1/balancer").await?;
+    let screen = Screen::stdout();
+    let count = |name: &str| status.counters.get(name).copied().unwrap_or(0);
+    let listeners: Vec<String> =
+        status.listeners.iter().map(|listener| format!("{} {}", listener.name, listener.address)).collect();
+    let active: u64 = status.routes.iter().map(|route| route.active).sum();
+    let held: u64 = status.routes.iter().map(|route| route.held).sum();
+    let mut facts = vec![
+        ("process", format!("{}, {} threads, {}", status.pid, status.threads, status.io)),
+        ("table", format!("version {}, {} routes", status.table_version, status.routes.len())),
+        ("listeners", if listeners.is_empty() { "none".to_owned() } else { listeners.join(", ") }),
+        (
+            "connections",
+            format!(
+                "{} of clients, {} to apps",
+                count("connections_open"),
+                count("upstream_connections_open")
+            ),
+        ),
+        ("now", format!("{active} requests and connections, {held} of them held")),
+        ("so far", format!("{} connections, {} requests", count("connections_accepted"), count("requests"))),
+        (
+            "bytes",
+            format!(
+                "{} from clients, {} from apps",
+                size(count("bytes_from_clients")),
+                size(count("bytes_from_upstreams"))
+            ),
+        ),
+        ("app sockets", status.tenant_sockets.replace('_', " ")),
+    ];
+    if status.memory_bytes_max > 0 {
+        facts.push(("memory", format!("{} at most", size(status.memory_bytes_max))));
+    }
+    written(facts.iter().try_for_each(|(name, value)| screen.line(&format!("{name:<12} {value}"))))?;
+    for old in &status.draining {
+        let seconds = old.drains_for_ms / 1000;
+        let line = format!(
+            "{:<12} process {} for {seconds} s, {} connections",
+            "draining", old.pid, old.connections
+        );
+        written(screen.line(&line))?;
+    }
+    written(troubles(&status).iter().try_for_each(|line| screen.line(&screen.paint(Tone::Warn, line))))?;
+    upstreams(&status)
+}
+
+/// Counters that say that something was turned away or went wrong: those that are not zero.
+fn troubles(status: &Status) -> Vec<String> {
+    const FINE: [&str; 13] = [
+        "connections_open",
+        "upstream_connections_open",
+        "connections_accepted",
+        "requests",
+        "responses",
+        "answered_by_action",
+        "tls_handshakes",
+        "tls_resumed",
+        "retried_stale",
+        "client_aborted",
+        "upgrades",
+        "bytes_from_clients",
+        "bytes_from_upstreams",
+    ];
+    let told = status.counters.iter().filter(|(name, count)| **count > 0 && !FINE.contains(&name.as_str()));
+    let told: Vec<String> = told.map(|(name, count)| format!("{} {count}", name.replace('_', " "))).collect();
+    match told.is_empty() {
+        true => Vec::new(),
+        false => vec![format!("{:<12} {}", "not served", told.join(", "))],
+    }
+}
+
+fn upstreams(status: &Status) -> Outcome {
+    if status.upstreams.is_empty() {
+        return Ok(crate::failure::status::OK);
+    }
+    let mut table =
+        Table::new(&["UPSTREAM", "ADDRESS", "STATE", "IN FLIGHT", "REQUESTS", "NO CONNECT", "BROKEN", "WHY"]);
+    for upstream in &status.upstreams {
+        let state = if upstream.unreachable { "unreachable" } else { upstream.state.as_str() };
+        table.row(vec![
+            cell(&upstream.id),
+            cell(&upstream.address),
+            state_cell(state),
+            cell((upstream.active_requests + upstream.active_connections).to_string()),
+            cell(upstream.requests_total.to_string()),
+            cell(upstream.connect_errors_total.to_string()),
+            cell(upstream.request_errors_total.to_string()),
+            cell(upstream.connect_error.as_deref().unwrap_or("")),
+        ]);
+    }
+    written(table.print(""))
+}
