@@ -76,9 +76,11 @@ impl Giving {
         }
     }
 
-    /// Passes on a table that came meanwhile.
-    pub fn tell_table(&mut self, table: &Table) {
-        let told = self.channel.send_with(&Message::Table { version: table.version }, table);
+    /// Passes on a table that came meanwhile, and the sockets that were bound for it.
+    pub fn tell_table(&mut self, table: &Table, sockets: &[(String, BorrowedFd<'_>)]) {
+        let told = self
+            .give_sockets(sockets)
+            .and_then(|()| self.channel.send_with(&Message::Table { version: table.version }, table));
         self.outdated = self.outdated.take().or(told.err());
     }
 
@@ -108,11 +110,15 @@ impl Giving {
             lifeline: Lifeline::of_this_process(),
         };
         self.channel.send_with(&hello, table)?;
-        for part in sockets.chunks(DESCRIPTORS_MAX) {
-            let (names, descriptors): (Vec<String>, Vec<BorrowedFd<'_>>) = part.iter().cloned().unzip();
-            self.channel.send(&Message::Sockets { names }, &descriptors)?;
-        }
+        self.give_sockets(sockets)?;
         Ok(self.channel.send(&Message::Given {}, &[])?)
+    }
+
+    fn give_sockets(&self, sockets: &[(String, BorrowedFd<'_>)]) -> Result<(), ChannelError> {
+        sockets.chunks(DESCRIPTORS_MAX).try_for_each(|part| {
+            let (names, descriptors): (Vec<String>, Vec<BorrowedFd<'_>>) = part.iter().cloned().unzip();
+            self.channel.send(&Message::Sockets { names }, &descriptors)
+        })
     }
 
     /// A closed channel has a reason, which the other side may have told before.

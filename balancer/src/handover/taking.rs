@@ -34,7 +34,9 @@ pub struct Taking {
 /// What being in charge comes with.
 #[derive(Debug)]
 pub enum Turn {
-    /// A table that the old process was given meanwhile.
+    /// Sockets that the old process has bound meanwhile...
+    Sockets(Vec<Inherited>),
+    /// ...for a table that it was given.
     Table(Table),
     /// Accept from now on.
     Go(Box<Estate>),
@@ -78,14 +80,17 @@ pub fn take() -> Result<Option<Handed>, HandoverError> {
         let Parcel { message, descriptors } = channel.wait(deadline)?;
         match message {
             Message::Sockets { names } => {
-                let named = names.into_iter().zip(descriptors);
-                sockets.extend(named.map(|(name, socket)| Inherited { name, socket }));
+                sockets.extend(named(names, descriptors));
             }
             Message::Given {} => break,
             _ => return Err(HandoverError::Missing { what: "socket" }),
         }
     }
     Ok(Some(Handed { taking: Taking { channel }, table, sockets, program }))
+}
+
+fn named(names: Vec<String>, sockets: Vec<OwnedFd>) -> impl Iterator<Item = Inherited> {
+    names.into_iter().zip(sockets).map(|(name, socket)| Inherited { name, socket })
 }
 
 impl Taking {
@@ -117,6 +122,7 @@ impl Taking {
             };
             let Parcel { message, mut descriptors } = parcel;
             match message {
+                Message::Sockets { names } => return Ok(Turn::Sockets(named(names, descriptors).collect())),
                 Message::Table { .. } => {
                     let table = descriptors.pop().ok_or(HandoverError::Missing { what: "table" })?;
                     return Ok(Turn::Table(read_body(table)?));

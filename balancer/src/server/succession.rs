@@ -1,5 +1,6 @@
 //! Handing over, as the server does it; see [`crate::handover`] for the whole.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -7,6 +8,7 @@ use super::life::Life;
 use super::{Server, ServerError, chain, log};
 use crate::control::protocol::{ErrorCode, Reloaded, Response, Status};
 use crate::control::server::refusal;
+use crate::core::io::ListenerId;
 use crate::handover::HandoverError;
 use crate::handover::channel::{Channel, ChannelError, Elder, Message, Parcel, read_body};
 use crate::handover::giving::{Giving, Legacy};
@@ -72,11 +74,15 @@ impl Server {
         }
     }
 
-    /// Passes a table on to every other process that serves by it.
-    pub(super) fn pass_on(&mut self, table: &Table) {
+    /// Passes a table on to every other process that serves by it, and to a successor also the sockets that
+    /// were bound for it.
+    pub(super) fn pass_on(&mut self, table: &Table, added: &[ListenerId]) {
         self.predecessors.tell_table(table);
         if let Some(giving) = &mut self.giving {
-            giving.tell_table(table);
+            let bound = self.listeners.own().filter(|(id, _)| added.contains(id));
+            let bound: Vec<_> =
+                bound.map(|(_, listener)| (listener.name(), listener.socket.as_fd())).collect();
+            giving.tell_table(table, &bound);
         }
     }
 
@@ -85,6 +91,11 @@ impl Server {
         taking.ready()?;
         let estate = loop {
             match taking.turn()? {
+                Turn::Sockets(sockets) => {
+                    for socket in sockets {
+                        self.listeners.inherit(socket)?;
+                    }
+                }
                 Turn::Table(table) => {
                     let table = Arc::new(table);
                     self.listeners.bind_for(&table);

@@ -43,7 +43,7 @@ impl Server {
             self.tell_all(|| Command::RemoveListener(gone));
             self.notifier.forget(&name);
         }
-        self.pass_on(&table);
+        self.pass_on(&table, &added);
         Response::Ack(Ack { version: table.version, problems })
     }
 

@@ -3,7 +3,6 @@
 
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use epagent_balancer::control::client::{Client as Control, ClientError};
@@ -20,14 +19,18 @@ pub struct Generations {
 
 impl Generations {
     pub fn start(arguments: &[&str]) -> Self {
-        adopt();
-        Self { first: Balancer::start(arguments) }
+        Self::of(|| Balancer::start(arguments))
     }
 
     /// From a copy of the program (see [`Balancer::start_copy`]).
-    pub fn start_copy(arguments: &[&str], set: impl FnOnce(&mut Command)) -> Self {
+    pub fn start_copy(arguments: &[&str]) -> Self {
+        Self::of(|| Balancer::start_copy(arguments, |_| {}))
+    }
+
+    /// As one that was started otherwise.
+    pub fn of(start: impl FnOnce() -> Balancer) -> Self {
         adopt();
-        Self { first: Balancer::start_copy(arguments, set) }
+        Self { first: start() }
     }
 
     /// The program that is executed at a reload.
@@ -57,7 +60,7 @@ impl Deref for Generations {
 
 impl Drop for Generations {
     fn drop(&mut self) {
-        for pid in children() {
+        for pid in living() {
             let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
             until("it is dead", || !lives(pid));
         }
@@ -74,11 +77,22 @@ pub fn lives(pid: u32) -> bool {
     matches!(waitpid(Pid::from_raw(pid as i32), Some(WaitPidFlag::WNOHANG)), Ok(WaitStatus::StillAlive))
 }
 
-/// Every child of this process, adopted ones included.
-pub fn children() -> Vec<u32> {
+/// Every child of this process that has not ended, adopted ones included.
+pub fn living() -> Vec<u32> {
     let tasks = std::fs::read_dir("/proc/self/task").expect("our threads").flatten();
-    let of_each = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
-    of_each
-        .flat_map(|text| text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
-        .collect()
+    let texts = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    let text = texts.collect::<Vec<_>>().concat();
+    text.split_whitespace().filter_map(|pid| pid.parse().ok()).filter(|pid| lives(*pid)).collect()
+}
+
+/// Open descriptors of a process.
+pub fn descriptors(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors").count()
+}
+
+/// Resident memory of a process, in KiB.
+pub fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
+    line.split_whitespace().nth(1).expect("a size").parse().expect("a number")
 }

@@ -10,11 +10,12 @@ pub mod client;
 pub mod denied;
 pub mod generations;
 pub mod hello;
+pub mod load;
 pub mod prometheus;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -92,10 +93,19 @@ impl Balancer {
 
     /// With inherited sockets, as systemd would hand them over, the control socket among them.
     pub fn inheriting(http: &TcpListener, dir: tempfile::TempDir) -> Self {
+        Self::inheriting_all(&[("http", http.as_fd())], dir, |_| {})
+    }
+
+    /// The same with any sockets, and with what `set` makes of the command.
+    pub fn inheriting_all(
+        listeners: &[(&str, BorrowedFd<'_>)],
+        dir: tempfile::TempDir,
+        set: impl FnOnce(&mut Command),
+    ) -> Self {
         let path = dir.path().join("control.sock");
         let _ = std::fs::remove_file(&path);
         let control = UnixListener::bind(path).expect("a control socket");
-        let listeners = [("http", http.as_fd()), ("control", control.as_fd())];
+        let listeners = [listeners, &[("control", control.as_fd())]].concat();
         let mut script = String::new();
         for (index, (_, listener)) in listeners.iter().enumerate() {
             let copy = nix::unistd::dup(listener).expect("a copy without close-on-exec");
@@ -111,6 +121,7 @@ impl Balancer {
         command.args(IO_ARGUMENTS);
         command.arg("--state").arg(dir.path());
         command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
+        set(&mut command);
         Self::spawned(command.spawn().expect("the balancer starts"), dir)
     }
 
