@@ -34,6 +34,10 @@ pub enum Command {
     /// Accept on these too.
     AddListeners(Vec<Opened>),
     RemoveListener(ListenerId),
+    /// Accept nothing more for now; answered when no accept is left.
+    YieldAccepting(Sender<()>),
+    /// Accept again.
+    ResumeAccepting,
     /// What it has counted; with `latency` also how long things took.
     Status {
         latency: bool,
@@ -206,6 +210,7 @@ fn run(
     let start = Instant::now();
     let clock = || start.elapsed().as_micros() as Micros;
     let mut completions = Vec::new();
+    let mut yielding = None;
     while !core.is_finished() {
         let timeout =
             core.next_deadline().map(|at| Duration::from_millis(at.saturating_sub(clock() / 1_000)));
@@ -217,10 +222,14 @@ fn run(
             core.handle(now, completion);
         }
         while let Ok(command) = commands.try_recv() {
-            obey(command, &mut core, &mut door, facts, now);
+            obey(command, &mut core, &mut door, &mut yielding, facts, now);
         }
         core.finish_batch(now);
         door.apply(core.ops())?;
+        if let Some(done) = yielding.take_if(|_| !core.accepts()) {
+            // The asker may have stopped waiting.
+            let _ = done.send(());
+        }
         if core.take_starved() {
             // Fails only when the count is full, and then the control thread has been told often enough.
             let _ = notices.starved.write(1);
@@ -239,7 +248,14 @@ fn run(
     Ok(())
 }
 
-fn obey(command: Command, core: &mut Core, door: &mut impl Door, facts: &Facts, now: Millis) {
+fn obey(
+    command: Command,
+    core: &mut Core,
+    door: &mut impl Door,
+    yielding: &mut Option<Sender<()>>,
+    facts: &Facts,
+    now: Millis,
+) {
     match command {
         Command::SetTable(table, done) => {
             core.set_table(now, &table);
@@ -251,6 +267,14 @@ fn obey(command: Command, core: &mut Core, door: &mut impl Door, facts: &Facts, 
                 door.add_listener(id, socket);
                 core.add_listener(id, listen, local);
             }
+        }
+        Command::YieldAccepting(done) => {
+            core.yield_accepting(true);
+            *yielding = Some(done);
+        }
+        Command::ResumeAccepting => {
+            core.yield_accepting(false);
+            *yielding = None;
         }
         Command::RemoveListener(id) => {
             core.remove_listener(id);

@@ -31,6 +31,8 @@ mod preface;
 mod process;
 #[path = "seeing.rs"]
 mod seeing;
+#[path = "service.rs"]
+mod service;
 #[path = "tcp.rs"]
 mod tcp;
 #[path = "unix.rs"]

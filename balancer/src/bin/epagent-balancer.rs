@@ -199,9 +199,9 @@ struct CommonArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
-        None => serve(cli.serve),
-        Some(Command::Serve(args)) => serve(args),
-        Some(Command::Run(args)) => run(args),
+        None => start(|endowment| serve(cli.serve, endowment)),
+        Some(Command::Serve(args)) => start(|endowment| serve(args, endowment)),
+        Some(Command::Run(args)) => start(|endowment| run(args, endowment)),
         Some(Command::Check { config }) => check(&config),
         Some(Command::Status(args)) => status(&args.control),
         Some(Command::Reload(args)) => reload(&args.control),
@@ -222,14 +222,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(args: ServeArgs) -> Result<(), String> {
-    let endowment = Endowment::take().map_err(|error| chain(&error))?;
-    // Told what went wrong, an old process says so to whoever asked it to hand over.
-    let old = endowment.handed.as_ref().and_then(|(taking, _)| taking.try_clone().ok());
-    serve_with(args, endowment).inspect_err(|why| old.iter().for_each(|old| old.fail(why)))
-}
-
-fn serve_with(args: ServeArgs, endowment: Endowment) -> Result<(), String> {
+/// What `serve` is started with: by the command line, and by whoever started us.
+fn serve(args: ServeArgs, endowment: Endowment) -> Result<Options, String> {
     let control = match (endowment.control, &args.control) {
         (Some(socket), _) => Some(socket),
         (None, Some(path)) => Some(bind_control(path)?.into()),
@@ -237,7 +231,7 @@ fn serve_with(args: ServeArgs, endowment: Endowment) -> Result<(), String> {
     };
     let config_file = args.config.map(|path| load_config(&path).map(|file| (path, file))).transpose()?;
     let common = args.common;
-    start(Options {
+    Ok(Options {
         config_file,
         state_dir: args.state,
         port_address: args.port_address,
@@ -252,7 +246,8 @@ fn serve_with(args: ServeArgs, endowment: Endowment) -> Result<(), String> {
     })
 }
 
-fn run(args: RunArgs) -> Result<(), String> {
+/// What `run` is started with.
+fn run(args: RunArgs, endowment: Endowment) -> Result<Options, String> {
     let upstreams = args.upstream.iter().enumerate().map(|(index, address)| Upstream {
         id: format!("upstream-{index}"),
         address: address.clone(),
@@ -282,12 +277,26 @@ fn run(args: RunArgs) -> Result<(), String> {
     }
     let table = Table { routes, ..Table::empty() };
     table.validate().map_err(|error| chain(&error))?;
-    let metrics = metrics_socket(None, args.common.metrics.as_ref())?;
-    start(Options { bind, table, metrics, ..args.common.options() })
+    Ok(Options {
+        bind,
+        table,
+        metrics: metrics_socket(endowment.metrics, args.common.metrics.as_ref())?,
+        inherited: endowment.listeners,
+        program: endowment.program,
+        handed: endowment.handed,
+        ..args.common.options()
+    })
 }
 
-fn start(options: Options) -> Result<(), String> {
-    Server::start(options).and_then(Server::run).map_err(|error| chain(&error))
+/// Serves. What hinders it from the start, an old process is told that hands over to us.
+fn start(options: impl FnOnce(Endowment) -> Result<Options, String>) -> Result<(), String> {
+    let endowment = Endowment::take().map_err(|error| chain(&error))?;
+    let old = endowment.handed.as_ref().and_then(|(taking, _)| taking.try_clone().ok());
+    let started = options(endowment)
+        .and_then(|options| Server::start(options).map_err(|error| chain(&error)))
+        .inspect_err(|why| old.iter().for_each(|old| old.fail(why)));
+    drop(old);
+    started?.run().map_err(|error| chain(&error))
 }
 
 /// Binds a control socket, in place of one that a dead process left behind.

@@ -70,6 +70,8 @@ pub struct Core {
     pub(super) remarks: Remarks,
     pub(super) request_ids: RequestIds,
     listeners: BTreeMap<ListenerId, Listener>,
+    /// Nothing is accepted for now: somebody else is about to.
+    yields: bool,
     accept_after: Option<Millis>,
 }
 
@@ -167,6 +169,18 @@ impl Core {
         }
     }
 
+    /// Accepts nothing while `yields`. Whoever is to accept in our place begins when [`Core::accepts`] says no.
+    /// The kernel wakes one of those that wait on a listening socket: were it one whose accept is being called
+    /// off, nobody would look at the client until the next one comes.
+    pub fn yield_accepting(&mut self, yields: bool) {
+        self.yields = yields;
+    }
+
+    /// Whether an accept is armed, or has not yet ended.
+    pub fn accepts(&self) -> bool {
+        self.listeners.values().any(|listener| listener.recv != Recv::Off)
+    }
+
     /// As [`Core::remove_listener`] for all of them; returns their ids.
     pub fn remove_listeners(&mut self) -> Vec<ListenerId> {
         self.listeners.values_mut().for_each(|listener| listener.removed = true);
@@ -225,8 +239,7 @@ impl Core {
     /// Whether a stopping core has no client left, and none can come: what was accepted before an accept
     /// could be called off is served too.
     pub fn is_finished(&self) -> bool {
-        let accepts = self.listeners.values().any(|listener| listener.recv != Recv::Off);
-        self.stopping && !accepts && self.counters.connections_open == 0
+        self.stopping && !self.accepts() && self.counters.connections_open == 0
     }
 
     /// What an operator should see in the log, since the last call.
@@ -319,7 +332,8 @@ impl Core {
         let full = self.counters.connections_open >= self.config.connections_max;
         let mut paused = false;
         for (id, listener) in &mut self.listeners {
-            let wanted = !full && !self.stopping && !listener.removed && self.accept_after.is_none();
+            let wanted =
+                !full && !self.stopping && !self.yields && !listener.removed && self.accept_after.is_none();
             match (wanted, listener.recv) {
                 (true, Recv::Off) => {
                     listener.recv = Recv::Armed;

@@ -172,13 +172,19 @@ impl Channel {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut beside = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let received =
-            match rustix::net::recvmsg(&self.0, &mut [IoSliceMut::new(&mut text)], &mut beside, flags) {
-                Ok(received) => received,
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(None),
-                Err(rustix::io::Errno::CONNRESET) => return Err(ChannelError::Closed),
-                Err(errno) => return Err(errno.into()),
-            };
+        let mut receive =
+            || rustix::net::recvmsg(&self.0, &mut [IoSliceMut::new(&mut text)], &mut beside, flags);
+        // One that ended with something unread is told of first, and what it had sent before comes after.
+        let received = match receive() {
+            Err(rustix::io::Errno::CONNRESET) => receive(),
+            received => received,
+        };
+        let received = match received {
+            Ok(received) => received,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(None),
+            Err(rustix::io::Errno::CONNRESET) => return Err(ChannelError::Closed),
+            Err(errno) => return Err(errno.into()),
+        };
         let descriptors = beside
             .drain()
             .filter_map(|message| match message {
@@ -252,6 +258,16 @@ mod tests {
         assert_eq!((second.message, second.descriptors.len()), (Message::Given {}, DESCRIPTORS_MAX));
         drop(near);
         assert!(matches!(far.receive(), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn the_last_words_of_one_that_left_something_unread_are_heard() {
+        let (near, far) = Channel::pair().unwrap();
+        near.send(&Message::Given {}, &[]).unwrap();
+        far.send(&Message::End {}, &[]).unwrap();
+        drop(far);
+        assert_eq!(near.receive().unwrap().unwrap().message, Message::End {});
+        assert!(matches!(near.receive(), Err(ChannelError::Closed)));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
-use super::channel::{Channel, ChannelError, DESCRIPTORS_MAX, Elder, Message};
+use super::channel::{Channel, ChannelError, DESCRIPTORS_MAX, Elder, Message, Parcel};
 use super::launch::{Launched, Program, launch};
 use super::{HandoverError, Lifeline, PROTOCOL, READY_TIMEOUT};
 use crate::control::protocol::Counters;
@@ -124,8 +124,9 @@ impl Giving {
     /// A closed channel has a reason, which the other side may have told before.
     fn explain(&self, error: HandoverError) -> HandoverError {
         let HandoverError::Channel(ChannelError::Closed) = error else { return error };
-        match self.channel.receive().ok().flatten().map(|parcel| parcel.message) {
-            Some(Message::Failed { why }) => HandoverError::Failed { why },
+        match self.channel.receive() {
+            Ok(Some(Parcel { message: Message::Failed { why }, .. })) => HandoverError::Failed { why },
+            Err(error @ ChannelError::Garbled(_)) => error.into(),
             _ => HandoverError::Ended,
         }
     }

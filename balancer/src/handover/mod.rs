@@ -13,8 +13,9 @@
 //!    │── Hello [table], Sockets [listeners], Given ────────────────────────────────────────▶│ starts threads
 //!    │   serves on; a new table is passed on ──── Table ───────────────────────────────────▶│
 //!    │◀──────────────────────────────────────────────────────────── Ready, or Failed ───────│
+//!    │ calls off its accepts
 //!    │── Go [control connections, channels of those that still drain] ─────────────────────▶│ accepts
-//!    │ calls off its accepts, tells the service manager MAINPID=, answers who asked
+//!    │ tells the service manager MAINPID=, answers who asked
 //!    │ drains                                                                               │
 //!    │◀──────── Table, Status, End ─────────────────────────────────────────────────────────│
 //!    │───────── Taken, Report, Starving ───────────────────────────────────────────────────▶│
@@ -86,6 +87,8 @@ pub enum HandoverError {
     Ended,
     #[error("the new process could not start: {why}")]
     Failed { why: String },
+    #[error("a data-path thread did not call off its accepts in time")]
+    Accepting,
     #[error("the new process was not ready within {} s", READY_TIMEOUT.as_secs())]
     Late,
     #[error("the new process speaks version {theirs} of the handover, this one {PROTOCOL}")]

@@ -1,11 +1,11 @@
 //! Handing over, as the server does it; see [`crate::handover`] for the whole.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use super::life::Life;
-use super::{Server, ServerError, chain, log};
+use super::{Server, ServerError, THREAD_TIMEOUT, chain, log};
 use crate::control::protocol::{ErrorCode, Reloaded, Response, Status};
 use crate::control::server::refusal;
 use crate::core::io::ListenerId;
@@ -15,6 +15,7 @@ use crate::handover::giving::{Giving, Legacy};
 use crate::handover::predecessors::Predecessors;
 use crate::handover::taking::{Estate, Taking, Turn};
 use crate::table::Table;
+use crate::worker::Command;
 
 impl Server {
     /// Begins to hand over. What goes wrong is logged, and told to those who asked.
@@ -150,6 +151,7 @@ impl Server {
     /// The successor is ready: it is in charge from here on.
     fn hand_over(&mut self) -> Result<(), HandoverError> {
         let Some(giving) = self.giving.take() else { return Ok(()) };
+        self.yield_accepting().inspect_err(|_| self.tell_all(|| Command::ResumeAccepting))?;
         let mut control = self.control.take();
         let metrics = self.metrics.take();
         if let Some(control) = &mut control {
@@ -164,6 +166,7 @@ impl Server {
             Ok(channel) => channel,
             Err(error) => {
                 (self.control, self.metrics) = (control, metrics);
+                self.tell_all(|| Command::ResumeAccepting);
                 return Err(error);
             }
         };
@@ -174,6 +177,17 @@ impl Server {
         self.notifier.say(&format!("MAINPID={pid}\nREADY=1\nSTATUS=handed over"));
         if let Some(mut control) = control {
             control.tell_handover(&Response::Reloaded(Reloaded { pid }));
+        }
+        Ok(())
+    }
+
+    /// Calls off every accept, and waits until none is left: see `Core::yield_accepting`.
+    fn yield_accepting(&self) -> Result<(), HandoverError> {
+        let (done, all_done) = mpsc::channel();
+        self.tell_all(|| Command::YieldAccepting(done.clone()));
+        drop(done);
+        for _ in &self.workers {
+            all_done.recv_timeout(THREAD_TIMEOUT).map_err(|_| HandoverError::Accepting)?;
         }
         Ok(())
     }

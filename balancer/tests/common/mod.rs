@@ -107,12 +107,13 @@ impl Balancer {
         let control = UnixListener::bind(path).expect("a control socket");
         let listeners = [listeners, &[("control", control.as_fd())]].concat();
         let mut script = String::new();
+        let mut copies = Vec::new();
         for (index, (_, listener)) in listeners.iter().enumerate() {
             let copy = nix::unistd::dup(listener).expect("a copy without close-on-exec");
             let (source, target) = (copy.as_raw_fd(), 3 + index);
-            script.push_str(&format!("exec {target}<&{source}; "));
-            // Open until the child has been spawned, and of no use to anybody after that.
-            std::mem::forget(copy);
+            script.push_str(&format!("exec {target}<&{source} {source}<&-; "));
+            // Open until the child has been spawned.
+            copies.push(copy);
         }
         let names: Vec<&str> = listeners.iter().map(|(name, _)| *name).collect();
         script.push_str("export LISTEN_PID=$$; exec \"$@\"");
@@ -122,7 +123,9 @@ impl Balancer {
         command.arg("--state").arg(dir.path());
         command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
         set(&mut command);
-        Self::spawned(command.spawn().expect("the balancer starts"), dir)
+        let child = command.spawn().expect("the balancer starts");
+        drop(copies);
+        Self::spawned(child, dir)
     }
 
     fn spawned(child: Child, dir: tempfile::TempDir) -> Self {
