@@ -22,6 +22,7 @@ pub mod actions;
 pub mod address;
 pub mod choosing;
 pub mod health;
+pub mod limits;
 
 use std::collections::{HashMap, HashSet};
 
@@ -33,6 +34,7 @@ pub use self::choosing::{Algorithm, AllDown, Hash, HashBy, WEIGHT_MAX};
 use self::choosing::{check_algorithm, default_weight, is_default, is_default_weight};
 use self::health::check_health;
 pub use self::health::{Active, Check, Health, HttpCheck, Passive};
+pub use self::limits::{Limits, ListenerLimits, SourceLimits};
 use crate::core::http::answer::Answer;
 use crate::core::preface::client_hello::normal_name;
 
@@ -84,6 +86,9 @@ pub struct Route {
     /// Bounds of this route's hold queue; absent means the table's defaults.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hold: Option<HoldLimits>,
+    /// How much it takes; absent means whatever comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
 }
 
 /// Which traffic a route takes.
@@ -236,6 +241,8 @@ pub enum TableError {
     BadHealth { route: String, what: &'static str },
     #[error("route {route:?} checks the upstream {id:?} in another way than an earlier route does")]
     TwoChecks { route: String, id: String },
+    #[error("route {route:?} has a limit that cannot be: {what}")]
+    BadLimit { route: String, what: &'static str },
     #[error("route {route:?}: {fault}")]
     Action { route: String, fault: ActionFault },
     #[error("the page for {code:?}: {fault}")]
@@ -280,6 +287,7 @@ impl Table {
                 return Err(TableError::SameMatch { route: route.id.clone(), what });
             }
             route.check_upstreams()?;
+            route.limits.map_or(Ok(()), |limits| limits.check(&route.id))?;
             route.check_proxy_protocol(&mut introduced)?;
             let failed = |fault| TableError::Action { route: route.id.clone(), fault };
             route.action.check(&route.matches).map_err(failed)?;

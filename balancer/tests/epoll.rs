@@ -23,6 +23,8 @@ mod health;
 mod hold;
 #[path = "http.rs"]
 mod http;
+#[path = "limits.rs"]
+mod limits;
 #[path = "metrics.rs"]
 mod metrics;
 #[path = "preface.rs"]

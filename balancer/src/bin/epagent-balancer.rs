@@ -26,7 +26,9 @@ use epagent_balancer::handover::launch::{self, Program};
 use epagent_balancer::handover::{LAUNCH_TIMEOUT, READY_TIMEOUT};
 use epagent_balancer::listeners::{Bind, listening};
 use epagent_balancer::server::{Options, Server, chain, log};
-use epagent_balancer::table::{Action, Address, Match, Proxy, Route, Table, Upstream, UpstreamState};
+use epagent_balancer::table::{
+    Action, Address, ListenerLimits, Match, Proxy, Route, SourceLimits, Table, Upstream, UpstreamState,
+};
 
 /// An io_uring TCP and HTTP balancer that can hold a request while the app behind it changes.
 #[derive(Parser)]
@@ -161,6 +163,18 @@ struct CommonArgs {
     /// Answer `GET /metrics` here, for Prometheus: ADDR:PORT or unix:/PATH, unless a socket is inherited
     #[arg(long, value_name = "ADDR")]
     metrics: Option<Address>,
+    /// Most connections of each listener that is not in a configuration file
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    listener_max_connections: Option<u32>,
+    /// Most connections of one source (an IPv4 address or an IPv6 /64) at each such listener
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    source_max_connections: Option<u32>,
+    /// Most new connections per second of one source at each such listener
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    source_connections_per_second: Option<u32>,
+    /// How long clients wait for room among the connections before they are reset
+    #[arg(long, default_value_t = 1_000, value_name = "MS")]
+    overload_grace_ms: u64,
     /// Log every HTTP request to this file, one JSON object per line
     #[arg(long, value_name = "PATH")]
     access_log: Option<PathBuf>,
@@ -272,7 +286,7 @@ fn run(args: RunArgs, endowment: Endowment) -> Result<Options, String> {
         bind.push(Bind::new(listen, address).map_err(|error| chain(&error))?);
         if !routes.iter().any(|route| route.matches == matches) {
             let id = format!("run-{}", routes.len());
-            routes.push(Route { id, matches, action: action.clone(), hold: None });
+            routes.push(Route { id, matches, action: action.clone(), hold: None, limits: None });
         }
     }
     let table = Table { routes, ..Table::empty() };
@@ -397,6 +411,15 @@ fn connect(control: &Path) -> Result<Client, String> {
 }
 
 impl CommonArgs {
+    fn listener_limits(&self) -> ListenerLimits {
+        let per_source = SourceLimits {
+            connections_max: self.source_max_connections,
+            requests_per_second: self.source_connections_per_second,
+            burst: None,
+        };
+        ListenerLimits { connections_max: self.listener_max_connections, per_source: Some(per_source) }
+    }
+
     fn options(&self) -> Options {
         Options {
             threads: self.threads,
@@ -407,6 +430,8 @@ impl CommonArgs {
                 response_timeout_ms: self.response_timeout_ms,
                 connect_timeout_ms: self.connect_timeout_ms,
                 tunnel_idle_timeout_ms: self.tunnel_timeout_ms,
+                overload_grace_ms: self.overload_grace_ms,
+                listener_limits: self.listener_limits(),
                 ..Config::default()
             },
             connections_max: self.max_connections,

@@ -416,6 +416,11 @@ counters! {
     connections_accepted,
     /// Connections cut because the memory for slow peers was used up.
     shed_memory,
+    /// Connections reset as they came: our pool, or the listener, was full.
+    shed_connections,
+    /// Connections reset as they came: their source has as many at the listener, or makes as many per second, as
+    /// it may.
+    shed_sources,
     /// Times accepting paused because `max_connections` was reached.
     accept_paused_full,
     /// Times accepting backed off because the process ran out of descriptors or memory.
@@ -482,6 +487,12 @@ counters! {
     all_down,
     /// Times something was held because as many connects to the upstreams were under way as may be.
     upstream_full,
+    /// 503: the route has as many requests as it takes.
+    route_full,
+    /// 429: the source has as many requests at the route as it may.
+    source_full,
+    /// 429: too many requests per second, of all or of one source.
+    rate_limited,
     /// 502: the upstream closed or reset before it answered.
     upstream_died,
     /// 502: the upstream's answer was not valid HTTP/1.1.

@@ -33,7 +33,9 @@ impl Core {
     /// What the client wanted of its route is over.
     pub(super) fn leave_route(&mut self, client: SockId) {
         let now = self.now;
-        let key = self.socks.get_mut(client).and_then(|sock| sock.on_route.take());
+        let Some(sock) = self.socks.get_mut(client) else { return };
+        let (key, source) = (sock.on_route.take(), sock.on_route_as.take());
+        self.give_back(source);
         if let Some(route) = key.and_then(|key| self.routes.get_mut(key)) {
             route.active -= 1;
             route.left_at = now;

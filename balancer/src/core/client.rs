@@ -128,6 +128,8 @@ impl Core {
         let Some(sock) = self.socks.remove(id) else { return };
         self.out.push(Op::Close { sock: id, reset });
         self.counters.connections_open -= 1;
+        self.leave_listener(sock.listener);
+        self.give_back(sock.source);
         match sock.role {
             Role::Http(http) => {
                 if let Some(request) = http.request {
@@ -214,10 +216,7 @@ impl Core {
         let misdirected = http.is_misdirected();
         match route {
             _ if misdirected => self.answer(id, Answer::Misdirected),
-            Some(_) => {
-                self.count_request(id);
-                self.dispatch(id);
-            }
+            Some(_) => self.admit(id),
             None if has_hosts => self.answer(id, Answer::UnknownHost),
             None => self.answer(id, Answer::NoRoutes),
         }

@@ -2,11 +2,12 @@
 
 use super::io::Millis;
 use super::memory::Limits;
+use crate::table::limits::ListenerLimits;
 
 /// Bounds and waits of one thread's core.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Client connections; accepting pauses there. One accept burst may exceed it by [`Config::SLACK`].
+    /// Client connections; accepting pauses there, and clients that come are shed if it stays so. One accept burst may exceed it by [`Config::SLACK`].
     pub connections_max: u64,
     /// How many threads share the table's hold limits.
     pub threads: u32,
@@ -14,6 +15,10 @@ pub struct Config {
     pub seed: u64,
     /// What the names of requests start from; no two threads of any balancers have the same.
     pub request_id_seed: [u64; 2],
+    /// How long clients wait in the kernel's queue for room among the connections; then they are reset.
+    pub overload_grace_ms: Millis,
+    /// What each listener takes that was given no limits of its own.
+    pub listener_limits: ListenerLimits,
     /// Note every request's end for the access log.
     pub access_log: bool,
     /// A request head larger than this gets 431.
@@ -102,6 +107,8 @@ impl Default for Config {
             connections_max: 50_000,
             threads: 1,
             seed: 0,
+            overload_grace_ms: 1_000,
+            listener_limits: ListenerLimits::default(),
             request_id_seed: [0; 2],
             access_log: false,
             head_bytes_max: 32 * 1024,

@@ -167,8 +167,17 @@ impl Core {
         }
     }
 
+    /// A request or connection has its route: it is given to an upstream, unless it is too much.
+    pub(super) fn admit(&mut self, client: SockId) {
+        self.count_request(client);
+        match self.over_limits(client) {
+            Some(answer) => self.give_up(client, answer),
+            None => self.dispatch(client),
+        }
+    }
+
     /// Counts a request or connection on its route.
-    pub(super) fn count_request(&mut self, client: SockId) {
+    fn count_request(&mut self, client: SockId) {
         self.enter_route(client);
         let route = self.wait_mut(client).map(|wait| wait.route);
         if let Some(route) = route.and_then(|route| self.routes.get_mut(route)) {

@@ -9,19 +9,18 @@
 //! that follows from it, and what follows is decided in one place.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::SocketAddr;
 use std::rc::Rc;
 
+use super::accept::Listener;
 use super::access::Access;
 use super::checks::Checks;
 use super::chunk::Chunk;
 use super::config::Config;
 use super::histogram::Micros;
 use super::http::request_id::RequestIds;
-use super::io::{Completion, Errno, ListenerId, Millis, Op, RawSocket, RecvEnd, SockId};
-use super::listen::Listen;
+use super::io::{Completion, ListenerId, Millis, Op, RecvEnd, SockId};
+use super::limits::Sources;
 use super::memory::Budget;
-use super::preface::Origin;
 use super::random::Random;
 use super::remarks::Remarks;
 use super::routes::{Route, Routes};
@@ -69,19 +68,13 @@ pub struct Core {
     pub(super) pages: HashMap<String, Rc<Page>>,
     pub(super) remarks: Remarks,
     pub(super) request_ids: RequestIds,
-    listeners: BTreeMap<ListenerId, Listener>,
+    pub(super) sources: Sources,
+    pub(super) listeners: BTreeMap<ListenerId, Listener>,
     /// Nothing is accepted for now: somebody else is about to.
-    yields: bool,
-    accept_after: Option<Millis>,
-}
-
-#[derive(Debug)]
-struct Listener {
-    listen: Listen,
-    /// Where it listens.
-    local: Option<SocketAddr>,
-    recv: Recv,
-    removed: bool,
+    pub(super) yields: bool,
+    pub(super) accept_after: Option<Millis>,
+    /// Since when there has been no room for another client.
+    pub(super) full_since: Option<Millis>,
 }
 
 /// What status shows of one core.
@@ -151,15 +144,11 @@ impl Core {
 
     /// When the next batch must happen even if nothing completes.
     pub fn next_deadline(&self) -> Option<Millis> {
-        [self.timers.next_at(), self.hold_tick_at, self.lent_tick_at, self.accept_after, self.next_check_at()]
+        let (hold, lent) = (self.hold_tick_at, self.lent_tick_at);
+        [self.timers.next_at(), hold, lent, self.accept_after, self.shed_at(), self.next_check_at()]
             .into_iter()
             .flatten()
             .min()
-    }
-
-    /// Starts accepting on a listener, whose address is `local`.
-    pub fn add_listener(&mut self, id: ListenerId, listen: Listen, local: Option<SocketAddr>) {
-        self.listeners.insert(id, Listener { listen, local, recv: Recv::Off, removed: false });
     }
 
     /// Stops accepting on a listener, and forgets it.
@@ -285,70 +274,6 @@ impl Core {
         {
             self.touched.push(id);
         }
-    }
-
-    fn accepted(&mut self, listener: ListenerId, raw: RawSocket, peer: Option<SocketAddr>) {
-        let full = self.counters.connections_open >= self.config.connections_max + Config::SLACK;
-        let listener = self.listeners.get(&listener).filter(|_| !full);
-        let origin = |listener: &Listener| Origin {
-            listen: listener.listen,
-            source: peer,
-            destination: listener.local,
-        };
-        let Some(origin) = listener.map(origin) else {
-            return self.out.push(Op::Refuse { raw });
-        };
-        let Some(role) = self.first_role(origin) else {
-            self.counters.tcp_unrouted += 1;
-            self.turn_away(peer, "unrouted");
-            return self.out.push(Op::Refuse { raw });
-        };
-        let listen = Some(origin.listen);
-        let sock = self.socks.insert(Sock { listen, ..Sock::new(role, None, self.now) });
-        self.counters.connections_accepted += 1;
-        self.counters.connections_open += 1;
-        self.out.push(Op::Adopt { raw, sock });
-        self.touch(sock);
-        if !origin.listen.proxy_protocol {
-            self.begin_client(sock, origin.listen, Vec::new());
-        }
-    }
-
-    fn accept_ended(&mut self, id: ListenerId, error: Option<Errno>) {
-        let Some(listener) = self.listeners.get_mut(&id) else { return };
-        listener.recv = Recv::Off;
-        if error.is_some() {
-            // Out of descriptors, most likely: pausing lets some be closed, and never spins.
-            self.counters.accept_backoff += 1;
-            self.accept_after = Some(self.now + Config::ACCEPT_BACKOFF_MS);
-        }
-    }
-
-    /// Arms and stops accepting as the number of connections, shortages and stopping ask for.
-    fn settle_accepting(&mut self) {
-        if self.accept_after.is_some_and(|at| at <= self.now) {
-            self.accept_after = None;
-        }
-        let full = self.counters.connections_open >= self.config.connections_max;
-        let mut paused = false;
-        for (id, listener) in &mut self.listeners {
-            let wanted =
-                !full && !self.stopping && !self.yields && !listener.removed && self.accept_after.is_none();
-            match (wanted, listener.recv) {
-                (true, Recv::Off) => {
-                    listener.recv = Recv::Armed;
-                    self.out.push(Op::Accept(*id));
-                }
-                (false, Recv::Armed) => {
-                    listener.recv = Recv::Stopping;
-                    paused = full;
-                    self.out.push(Op::StopAccept(*id));
-                }
-                _ => {}
-            }
-        }
-        self.counters.accept_paused_full += u64::from(paused);
-        self.listeners.retain(|_, listener| !(listener.removed && listener.recv == Recv::Off));
     }
 
     fn received(&mut self, id: SockId, chunk: Chunk) {

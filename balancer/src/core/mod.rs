@@ -12,6 +12,7 @@
 //! | `dispatch`, `hold`, `pool` | finding an upstream, retrying; waiting for one; connections kept |
 //! | `choose` | which upstream is next: turns, load, two of many, consistent hash |
 //! | `settle` | operations and deadlines as functions of state |
+//! | `accept`, `limits` | when to accept, whom to turn away |
 //! | `checks` | health checks: when, how, and what they come to |
 //! | `routes`, `upstreams` | the table as it runs: hold queues, load, reachability |
 //! | `activity` | how many each route serves, since when nobody, and who starves |
@@ -30,6 +31,7 @@
 //! What is absent: descriptors, system calls, clocks, threads, randomness. The same core runs behind the
 //! ring and behind the simulator of the tests.
 
+mod accept;
 pub mod access;
 mod actions;
 mod activity;
@@ -46,6 +48,7 @@ pub mod histogram;
 mod hold;
 pub mod http;
 pub mod io;
+mod limits;
 pub mod listen;
 pub mod memory;
 pub mod outbox;

@@ -7,6 +7,7 @@ use super::actions::Reply;
 use super::choose::{Candidate, Chooser, Wanted, maglev_size_for};
 use super::flow::Carried;
 use super::io::{Millis, SockId};
+use super::limits::RouteLimits;
 use super::slab::{RouteKey, Slab};
 use super::upstreams::Upstreams;
 use crate::control::protocol::RouteStatus;
@@ -26,8 +27,10 @@ pub struct Route {
     pub reply: Option<Rc<Reply>>,
     /// It is another route's name. Whoever waits at it has to look for a route again.
     pub is_alias: bool,
-    /// This thread's share of the route's limits.
+    /// This thread's share of the route's hold.
     pub limits: HoldLimits,
+    /// What it takes.
+    pub limited: RouteLimits,
     /// Clients that wait, the oldest first, with when they began to.
     pub held: VecDeque<(SockId, Millis)>,
     /// Requests and connections it has now, held ones among them.
@@ -217,6 +220,7 @@ impl Routes {
             let Some(route) = self.slab.get_mut(key) else { continue };
             let limits = wanted.hold.unwrap_or(table.defaults.hold);
             route.limits = HoldLimits { max_requests: limits.max_requests.div_ceil(threads), ..limits };
+            route.limited.apply(wanted.limits, threads);
             let starving = route.is_starving();
             route.reply = Reply::of(&wanted.action);
             match &wanted.action {
@@ -275,6 +279,7 @@ impl Route {
             reply: None,
             is_alias: false,
             limits: HoldLimits::default(),
+            limited: RouteLimits::default(),
             held: VecDeque::new(),
             active: 0,
             left_at: now,

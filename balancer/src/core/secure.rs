@@ -143,10 +143,7 @@ impl Core {
         self.counters.tls_resumed += u64::from(secured.resumed);
         match &mut sock.role {
             Role::Http(http) => (http.idle_since, http.secured) = (now, Some(secured)),
-            _ => {
-                self.count_request(id);
-                self.dispatch(id);
-            }
+            _ => self.admit(id),
         }
         self.touch(id);
     }

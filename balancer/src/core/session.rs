@@ -24,12 +24,12 @@ use super::chunk::Chunk;
 use super::flow::Flow;
 use super::http::body::Body;
 use super::http::head::Version;
-use super::io::{Millis, SockId};
+use super::io::{ListenerId, Millis, SockId};
 use super::listen::Listen;
 use super::outbox::Outbox;
 use super::preface::{Origin, Preface};
 use super::secure::{Secured, Tls};
-use super::slab::{RouteKey, UpstreamKey};
+use super::slab::{RouteKey, SourceKey, UpstreamKey};
 
 /// One open socket.
 #[derive(Debug)]
@@ -37,8 +37,12 @@ pub struct Sock {
     pub role: Role,
     /// The other side.
     pub peer: Option<SockId>,
-    /// The route a client is counted on.
+    /// The listener a client is counted at, and the source it is counted as there.
+    pub listener: Option<ListenerId>,
+    pub source: Option<SourceKey>,
+    /// The route a client is counted on, and the source it is counted as there.
     pub on_route: Option<RouteKey>,
+    pub on_route_as: Option<SourceKey>,
     pub out: Outbox,
     /// The socket takes nothing more; what would be sent is dropped.
     pub out_dead: bool,
@@ -235,7 +239,10 @@ impl Sock {
         Self {
             role,
             peer,
+            listener: None,
+            source: None,
             on_route: None,
+            on_route_as: None,
             out: Outbox::default(),
             out_dead: false,
             recv: Recv::Off,

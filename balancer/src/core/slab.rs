@@ -43,6 +43,13 @@ pub struct RouteKey {
     generation: u32,
 }
 
+/// Who has something of a route or a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SourceKey {
+    index: u32,
+    generation: u32,
+}
+
 impl RouteKey {
     /// Finds nothing.
     pub const NONE: RouteKey = RouteKey { index: u32::MAX, generation: 0 };
@@ -51,6 +58,7 @@ impl RouteKey {
 key!(SockId);
 key!(UpstreamKey);
 key!(RouteKey);
+key!(SourceKey);
 
 /// A growing array of slots. Memory follows the most that were ever in use at a time.
 #[derive(Debug)]

@@ -37,7 +37,15 @@ impl Client {
     }
 
     pub fn try_connect(address: SocketAddr) -> std::io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
+        Self::prepare(TcpStream::connect(address)?)
+    }
+
+    /// Over a connection that was made in some other way.
+    pub fn over(stream: TcpStream) -> Self {
+        Self::prepare(stream).expect("its options can be set")
+    }
+
+    fn prepare(stream: TcpStream) -> std::io::Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;

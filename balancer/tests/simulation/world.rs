@@ -135,8 +135,13 @@ impl World {
             pressed_bytes: 1 + rng.below(400_000) as usize,
             ..Limits::default()
         };
-        let config =
-            Config { connections_max: 1 + rng.below(12), access_log: true, memory, ..Config::default() };
+        let config = Config {
+            connections_max: 1 + rng.below(12),
+            overload_grace_ms: u64::MAX,
+            access_log: true,
+            memory,
+            ..Config::default()
+        };
         let prefaces = Prefaces::new(&mut rng);
         let mut world = Self {
             rng,

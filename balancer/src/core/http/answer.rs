@@ -1,10 +1,12 @@
 //! The balancer's own answers: each fault has its own status, words and counter, and a header that tells
 //! them from an app's (`X-Epagent-Error: unknown_host`). The words may be replaced by a page of the table's.
 
+use std::borrow::Cow;
 use std::io::Write;
 
 use super::head::HeadError;
 use crate::control::protocol::Counters;
+use crate::core::io::Millis;
 use crate::table::actions::Page;
 
 /// Everything the balancer says in its own name.
@@ -27,6 +29,12 @@ pub enum Answer {
     NoMemory,
     NoUpstreams,
     AllDown,
+    RouteFull,
+    SourceFull,
+    RateLimited {
+        /// Whole seconds until it is worth another try.
+        retry_after_s: u32,
+    },
     UpstreamDied,
     UpstreamBadResponse,
     UpstreamTimeout,
@@ -37,10 +45,17 @@ struct Words {
     status: &'static str,
     code: &'static str,
     text: String,
-    extra: &'static str,
+    extra: Cow<'static, str>,
 }
 
 impl Answer {
+    /// What is too fast is told how long to wait, in whole seconds.
+    pub fn rate_limited(wait_ms: Millis) -> Self {
+        Answer::RateLimited {
+            retry_after_s: u32::try_from(wait_ms.div_ceil(1_000)).unwrap_or(u32::MAX).max(1),
+        }
+    }
+
     /// The counter this answer has of its own.
     pub fn counter(self, counters: &mut Counters) -> &mut u64 {
         match self {
@@ -59,6 +74,9 @@ impl Answer {
             Answer::NoMemory => &mut counters.shed_memory,
             Answer::NoUpstreams => &mut counters.no_upstreams,
             Answer::AllDown => &mut counters.all_down,
+            Answer::RouteFull => &mut counters.route_full,
+            Answer::SourceFull => &mut counters.source_full,
+            Answer::RateLimited { .. } => &mut counters.rate_limited,
             Answer::UpstreamDied => &mut counters.upstream_died,
             Answer::UpstreamBadResponse => &mut counters.upstream_bad_response,
             Answer::UpstreamTimeout => &mut counters.upstream_timeout,
@@ -80,8 +98,11 @@ impl Answer {
         "no_routes",
         "no_upstreams",
         "plain_http",
+        "rate_limited",
+        "route_full",
         "slow_body",
         "slow_head",
+        "source_full",
         "transfer_coding",
         "unknown_host",
         "upstream_bad_response",
@@ -135,7 +156,7 @@ impl Answer {
                     status: "405 Method Not Allowed",
                     code: "method_not_allowed",
                     text: "CONNECT is not supported here.\n".to_owned(),
-                    extra: allow,
+                    extra: Cow::Borrowed(allow),
                 };
             }
             Answer::Refused(error) => {
@@ -149,7 +170,7 @@ impl Answer {
                     status,
                     code,
                     text: format!("The request was refused: {error}.\n"),
-                    extra: "",
+                    extra: Cow::Borrowed(""),
                 };
             }
             Answer::BadChunk => (
@@ -219,6 +240,26 @@ impl Answer {
                 "No instance of the app can be reached or is healthy. Retry in 5 seconds.\n",
                 "Retry-After: 5\r\n",
             ),
+            Answer::RouteFull => (
+                "503 Service Unavailable",
+                "route_full",
+                "The app has as many requests as it takes at a time. Retry in 1 second.\n",
+                "Retry-After: 1\r\n",
+            ),
+            Answer::SourceFull => (
+                "429 Too Many Requests",
+                "source_full",
+                "Your network has as many requests at work here as it may. Retry in 1 second.\n",
+                "Retry-After: 1\r\n",
+            ),
+            Answer::RateLimited { retry_after_s } => {
+                return Words {
+                    status: "429 Too Many Requests",
+                    code: "rate_limited",
+                    text: format!("There are too many requests. Retry in {retry_after_s} s.\n"),
+                    extra: Cow::Owned(format!("Retry-After: {retry_after_s}\r\n")),
+                };
+            }
             Answer::UpstreamDied => (
                 "502 Bad Gateway",
                 "upstream_died",
@@ -232,6 +273,6 @@ impl Answer {
                 ("504 Gateway Timeout", "upstream_timeout", "The app did not answer in time.\n", "")
             }
         };
-        Words { status, code, text: text.to_owned(), extra }
+        Words { status, code, text: text.to_owned(), extra: Cow::Borrowed(extra) }
     }
 }

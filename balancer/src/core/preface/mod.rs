@@ -88,6 +88,9 @@ impl Core {
     /// Begins to serve a client, of which `said` has been read already.
     pub(super) fn begin_client(&mut self, id: SockId, listen: Listen, said: Vec<u8>) {
         self.touch(id);
+        if !self.admit_source(id) {
+            return self.shed_source(id);
+        }
         if listen.tls {
             return self.start_tls(id, Chunk::owned(said));
         }
@@ -99,8 +102,7 @@ impl Core {
             Some(Role::Tcp(tcp)) => {
                 tcp.flow.bytes_in += said.len() as u64;
                 tcp.inbuf = said;
-                self.count_request(id);
-                self.dispatch(id);
+                self.admit(id);
             }
             Some(Role::Preface(preface)) => {
                 preface.inbuf = said;
