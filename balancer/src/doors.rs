@@ -15,6 +15,8 @@ use crate::core::io::{Completion, ListenerId, Op};
 use crate::door::Door;
 use crate::epoll::{Epoll, EpollError};
 use crate::ring::{Ring, RingError};
+use crate::tls::TlsDoor;
+use crate::tls::context::Context;
 use crate::unix::UnixSockets;
 
 /// What is asked for.
@@ -85,6 +87,23 @@ impl fmt::Display for Io {
             Self::Uring => "io_uring",
             Self::Epoll => "epoll",
         })
+    }
+}
+
+/// How the door of a thread is made.
+#[derive(Clone)]
+pub struct Doors {
+    pub io: Io,
+    pub buffers: BufferSizes,
+    pub unix: UnixSockets,
+    pub tls: Arc<Context>,
+}
+
+impl Doors {
+    /// The calling thread's door, which it alone may use.
+    pub fn open(&self, waker: Arc<EventFd>) -> Result<TlsDoor<AnyDoor>, DoorError> {
+        let door = AnyDoor::open(self.io, self.buffers, waker, self.unix.clone())?;
+        Ok(TlsDoor::new(door, self.tls.clone()))
     }
 }
 

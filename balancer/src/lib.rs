@@ -30,6 +30,7 @@ pub mod saved;
 pub mod server;
 pub mod sockets;
 pub mod table;
+pub mod tls;
 pub mod unix;
 pub mod watchdog;
 pub mod worker;

@@ -20,9 +20,8 @@ use crate::core::io::{ListenerId, Millis};
 use crate::core::listen::Listen;
 use crate::core::memory::Limits;
 use crate::door::Door;
-use crate::doors::{AnyDoor, BufferSizes, DoorError, Io};
+use crate::doors::{DoorError, Doors};
 use crate::table::Table;
-use crate::unix::UnixSockets;
 
 /// Most commands waiting for a thread. The control thread waits for each answer, so few ever do.
 const COMMANDS_MAX: usize = 256;
@@ -116,10 +115,8 @@ impl Worker {
     /// Starts a thread with a door of its own.
     pub fn start(
         index: u32,
-        io: Io,
-        unix: UnixSockets,
+        doors: Doors,
         config: Config,
-        buffers: BufferSizes,
         log: Option<AccessLog>,
         notices: Notices,
     ) -> Result<Self, StartError> {
@@ -129,12 +126,13 @@ impl Worker {
         let door_waker = waker.clone();
         let facts = Arc::<Facts>::default();
         let shared = facts.clone();
-        let memory = Limits::of_thread(buffers.count, config.threads);
+        let io = doors.io;
+        let memory = Limits::of_thread(doors.buffers.count, config.threads);
         let config = Config { memory, ..config };
         let body = move || {
             let _notice = EndNotice(notices.ended.clone());
             // A door belongs to the thread that makes it.
-            let door = match AnyDoor::open(io, buffers, door_waker, unix) {
+            let door = match doors.open(door_waker) {
                 Ok(door) => door,
                 Err(error) => {
                     // The starter is waiting for it.

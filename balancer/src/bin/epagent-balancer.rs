@@ -55,6 +55,8 @@ enum Command {
     Status(ControlArgs),
     /// Have a running balancer hand over to a new process of its program on disk
     Reload(ControlArgs),
+    /// Have a running balancer read its folder of certificates again; fails when some are refused
+    ReloadCertificates(ControlArgs),
     /// What a balancer executes to hand over
     #[command(name = launch::SUBCOMMAND, hide = true)]
     HandoverLaunch {
@@ -113,6 +115,9 @@ struct RunArgs {
     /// Where to listen (repeatable); [::] takes IPv4 clients too
     #[arg(long, value_name = "ADDR:PORT|unix:/PATH", required = true)]
     listen: Vec<Address>,
+    /// Clients speak TLS, which ends here, with the certificates of --tls-dir (modes tcp and http)
+    #[arg(long, requires = "tls_dir")]
+    tls: bool,
     /// Keep and extend the X-Forwarded-* and Forwarded fields of clients
     #[arg(long)]
     trusted: bool,
@@ -157,6 +162,9 @@ struct CommonArgs {
     /// Unix sockets of tenants lie below this folder: the upstreams at unix:REL
     #[arg(long, value_name = "DIR")]
     unix_root: Option<PathBuf>,
+    /// Certificates for TLS listeners: NAME.crt with NAME.key, or NAME/fullchain.pem with NAME/privkey.pem
+    #[arg(long, value_name = "DIR")]
+    tls_dir: Option<PathBuf>,
     /// Most client connections [default: what the descriptor limit allows]
     #[arg(long, value_name = "COUNT")]
     max_connections: Option<u64>,
@@ -219,6 +227,7 @@ fn main() -> ExitCode {
         Some(Command::Check { config }) => check(&config),
         Some(Command::Status(args)) => status(&args.control),
         Some(Command::Reload(args)) => reload(&args.control),
+        Some(Command::ReloadCertificates(args)) => reload_certificates(&args.control),
         Some(Command::HandoverLaunch { command }) => {
             launch::be_launcher(&command).map_err(|error| chain(&error))
         }
@@ -281,8 +290,11 @@ fn run(args: RunArgs, endowment: Endowment) -> Result<Options, String> {
             Mode::Tcp => (listen::Mode::Tcp { port }, Match::Port(port)),
             Mode::Sni => (listen::Mode::Sni, Match::Sni("*".to_owned())),
         };
+        if args.tls && mode == listen::Mode::Sni {
+            return Err("--tls ends TLS, which --mode sni passes through: choose one".to_owned());
+        }
         let listen =
-            Listen { trusted: args.trusted, proxy_protocol: args.proxy_protocol, ..Listen::plain(mode) };
+            Listen { mode, tls: args.tls, trusted: args.trusted, proxy_protocol: args.proxy_protocol };
         bind.push(Bind::new(listen, address).map_err(|error| chain(&error))?);
         if !routes.iter().any(|route| route.matches == matches) {
             let id = format!("run-{}", routes.len());
@@ -394,6 +406,22 @@ fn print_lines<T: serde::Serialize>(rows: &[T]) -> Result<(), String> {
     Ok(())
 }
 
+fn reload_certificates(control: &Path) -> Result<(), String> {
+    let patience = Duration::from_secs(30);
+    let mut client = Client::connect(control, patience).map_err(|error| chain(&error))?;
+    let certificates = client.reload_certificates().map_err(|error| chain(&error))?;
+    for certificate in &certificates.in_force {
+        println!("{}: {} until {}", certificate.id, certificate.names.join(", "), certificate.not_after);
+    }
+    match certificates.refused.as_slice() {
+        [] => Ok(()),
+        refused => {
+            let each = refused.iter().map(|refused| format!("{} is refused: {}", refused.id, refused.reason));
+            Err(each.collect::<Vec<_>>().join("; "))
+        }
+    }
+}
+
 fn set_table(control: &Path, file: &Path) -> Result<(), String> {
     let text = std::fs::read(file).map_err(|error| format!("cannot read {}: {error}", file.display()))?;
     let table: Table =
@@ -438,6 +466,7 @@ impl CommonArgs {
             buffers: BufferSizes { count: self.buffers, size_bytes: self.buffer_bytes },
             io: self.io,
             unix_root: self.unix_root.clone(),
+            tls_dir: self.tls_dir.clone(),
             access_log: self.access_log.clone(),
             state_dir: None,
             port_address: IpAddr::from([127, 0, 0, 1]),

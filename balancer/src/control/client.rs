@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::audit::{Audit, AuditQuery};
+use super::certificates::{Certificates, ReloadCertificatesQuery};
 use super::connections::{Connections, ConnectionsQuery};
 use super::protocol::{
     Ack, ControlError, METRICS_LINE_BYTES_MAX, MetricsQuery, ReloadQuery, Reloaded, Request, Response,
@@ -115,6 +116,15 @@ impl Client {
     pub fn reload(&mut self) -> Result<Reloaded, ClientError> {
         match self.request(&Request::Reload(ReloadQuery {}))? {
             Response::Reloaded(reloaded) => Ok(reloaded),
+            Response::Error(error) => Err(ClientError::Refused(error)),
+            _ => Err(ClientError::Mismatch),
+        }
+    }
+
+    /// Has the folder of certificates read again.
+    pub fn reload_certificates(&mut self) -> Result<Certificates, ClientError> {
+        match self.request(&Request::ReloadCertificates(ReloadCertificatesQuery {}))? {
+            Response::Certificates(certificates) => Ok(certificates),
             Response::Error(error) => Err(ClientError::Refused(error)),
             _ => Err(ClientError::Mismatch),
         }

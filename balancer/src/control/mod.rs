@@ -6,6 +6,7 @@
 //! serves from its saved table until somebody speaks to it again.
 
 pub mod audit;
+pub mod certificates;
 pub mod client;
 pub mod connections;
 pub mod protocol;

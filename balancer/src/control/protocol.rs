@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::health::{Ejected, FleetStatus, HealthStatus, ShownHealth};
 use super::audit::{Audit, AuditQuery};
+use super::certificates::{Certificates, ReloadCertificatesQuery};
 use super::connections::{Connections, ConnectionsQuery};
 use super::traffic::{Ends, Latency, Responses, add_some};
 use crate::core::histogram::Histogram;
@@ -56,6 +57,8 @@ pub enum Request {
     /// Hand over to a new process of the program on disk. Answered when that one is in charge, or when it never
     /// will be.
     Reload(ReloadQuery),
+    /// Read the folder of certificates again. Answered when what it has is in force.
+    ReloadCertificates(ReloadCertificatesQuery),
 }
 
 /// `reload` takes no arguments.
@@ -117,6 +120,8 @@ pub enum Response {
     Waited(Waited),
     /// A new process is in charge; the old one finishes what it carries.
     Reloaded(Reloaded),
+    /// Certificates were read again.
+    Certificates(Certificates),
     /// Nothing was changed, and why.
     Error(ControlError),
 }
@@ -209,6 +214,9 @@ pub struct Status {
     /// have and count is part of everything above.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub draining: Vec<DrainingStatus>,
+    /// What TLS listeners show their clients.
+    #[serde(default, skip_serializing_if = "Certificates::is_empty")]
+    pub certificates: Certificates,
 }
 
 /// A process that drains.
@@ -451,6 +459,8 @@ counters! {
     tls_handshakes,
     /// Those of them that continued an earlier session.
     tls_resumed,
+    /// Those of them in which no certificate was for the name asked for, and the default was shown.
+    tls_by_default,
     /// Clients that spoke plain HTTP to a TLS port (400).
     tls_plain_http,
     /// Clients that spoke neither TLS nor HTTP to a TLS port.

@@ -132,7 +132,8 @@ pub enum Completion {
     Sent { sock: SockId, bytes: usize },
     /// The handshake is done; what is received and sent from here on is plain text.
     Secured { sock: SockId, secured: Box<Secured> },
-    /// There will be no TLS: the socket is plain again, and `last_words` are to be sent to it as they are.
+    /// There will be no TLS: the socket is plain again, and `last_words` are to be sent to it as they are;
+    /// where there are none it can only be closed.
     SecureFailed { sock: SockId, fault: TlsFault, last_words: Chunk },
     /// The goodbye was taken.
     TlsEnded { sock: SockId },

@@ -45,6 +45,8 @@ pub struct Secured {
     pub server_name: Option<String>,
     /// The names of the certificate it was shown.
     pub names: Arc<Names>,
+    /// That certificate is not for the name asked for: there is none, so it was shown another.
+    pub by_default: bool,
     /// It continued an earlier session, which costs no signature.
     pub resumed: bool,
 }
@@ -140,6 +142,7 @@ impl Core {
         let Some(sock) = self.socks.get_mut(id) else { return };
         (sock.tls, sock.moved_at) = (Tls::On, now);
         self.counters.tls_handshakes += 1;
+        self.counters.tls_by_default += u64::from(secured.by_default);
         self.counters.tls_resumed += u64::from(secured.resumed);
         match &mut sock.role {
             Role::Http(http) => (http.idle_since, http.secured) = (now, Some(secured)),
@@ -252,6 +255,7 @@ mod tests {
         let secured = |name: Option<&str>| Secured {
             server_name: name.map(str::to_owned),
             names: names.clone(),
+            by_default: false,
             resumed: false,
         };
         assert!(secured(Some("a.apps.example")).is_for("b.apps.example"));

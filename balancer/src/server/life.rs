@@ -73,7 +73,10 @@ impl Server {
         while let Ok(Some(info)) = self.signals.read_signal() {
             match Signal::try_from(info.ssi_signo as i32) {
                 Ok(Signal::SIGUSR2) => self.reload(),
-                Ok(Signal::SIGHUP) if matches!(self.life, Life::Serving) => self.reread(),
+                Ok(Signal::SIGHUP) if matches!(self.life, Life::Serving) => {
+                    self.reread();
+                    self.reload_certificates_quietly();
+                }
                 Ok(Signal::SIGHUP) => {}
                 _ if matches!(self.life, Life::Stopping { .. } | Life::Aborting { .. }) => {
                     log("told to stop again: ending at once");

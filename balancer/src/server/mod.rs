@@ -6,6 +6,7 @@
 //! so that whoever supervises the process starts it anew.
 
 mod audit;
+mod certificates;
 mod connections;
 mod life;
 mod reread;
@@ -29,6 +30,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signalfd::SignalFd;
 
 use self::audit::Trail;
+use self::certificates::Reader;
 use self::life::Life;
 use self::reread::ConfigSource;
 pub use self::say::{chain, log};
@@ -40,7 +42,7 @@ use crate::control::protocol::{Request, Response};
 use crate::control::server::{ControlServer, Reply};
 use crate::core::config::Config;
 use crate::core::io::ListenerId;
-use crate::doors::{BufferSizes, DoorError, Io, IoChoice};
+use crate::doors::{BufferSizes, DoorError, Doors, Io, IoChoice};
 use crate::handover::HandoverError;
 use crate::handover::giving::Giving;
 use crate::handover::launch::Program;
@@ -52,6 +54,7 @@ use crate::notify::Notifier;
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
 use crate::table::Table;
+use crate::tls::context::Context;
 use crate::unix::{FolderError, UnixSockets};
 use crate::watchdog::Watchdog;
 use crate::worker::{Command, Notices, StartError, Worker};
@@ -70,6 +73,8 @@ pub struct Options {
     pub io: IoChoice,
     /// Below it, tenants have unix sockets that are upstreams.
     pub unix_root: Option<PathBuf>,
+    /// Certificates for TLS listeners, with their keys.
+    pub tls_dir: Option<PathBuf>,
     /// Where the table is kept; without it, nothing survives the process.
     pub state_dir: Option<PathBuf>,
     /// Where listeners for routes by port are bound.
@@ -111,6 +116,8 @@ pub enum ServerError {
     Worker(#[from] StartError),
     #[error("cannot use a listener")]
     Listen(#[from] ListenError),
+    #[error("cannot set up TLS")]
+    Tls(#[from] rustls::Error),
     #[error("cannot open the access log")]
     AccessLog(#[source] std::io::Error),
     #[error("cannot start the thread that writes the log")]
@@ -131,6 +138,7 @@ pub enum ServerError {
 pub struct Server {
     io: Io,
     unix: UnixSockets,
+    certificates: Reader,
     workers: Vec<Worker>,
     listeners: Listeners,
     control: Option<ControlServer>,
@@ -174,6 +182,9 @@ impl Server {
             None => log(&format!("using {io}")),
         }
         let unix = UnixSockets::below(options.unix_root.as_deref())?;
+        let tls = Arc::new(Context::new()?);
+        let certificates = Reader::new(tls.clone(), options.tls_dir);
+        let doors = Doors { io, buffers: options.buffers, unix: unix.clone(), tls };
         let threads = options.threads.max(1);
         let connections_max = options.connections_max.unwrap_or_else(connections_by_descriptors);
         let config = Config {
@@ -189,7 +200,7 @@ impl Server {
         let notices = Notices { ended: worker_ended.clone(), starved: starved.clone(), remarks };
         let start = |index| {
             let config = Config { request_id_seed: [random_seed(), random_seed()], ..config.clone() };
-            Worker::start(index, io, unix.clone(), config, options.buffers, log.clone(), notices.clone())
+            Worker::start(index, doors.clone(), config, log.clone(), notices.clone())
         };
         let workers = (0..threads).map(start).collect::<Result<Vec<_>, _>>()?;
         let mut listeners = Listeners::new(options.port_address);
@@ -214,6 +225,7 @@ impl Server {
         let mut server = Self {
             io,
             unix,
+            certificates,
             workers,
             listeners,
             control,
@@ -318,6 +330,10 @@ impl Server {
             Request::Audit(_) => Reply::Now(Response::Audit(self.trail.show())),
             Request::Status(query) => Reply::Now(self.status(&query)),
             Request::Wait(query) => self.wait_for(query),
+            Request::ReloadCertificates(_) => {
+                self.trail.add_request(actor, "reload_certificates");
+                Reply::Now(self.reload_certificates())
+            }
             Request::Reload(_) => {
                 self.trail.add_request(actor, "reload");
                 self.reload_wanted = true;

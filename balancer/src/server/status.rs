@@ -59,6 +59,7 @@ impl Server {
             io: self.io,
             tenant_sockets: self.unix.tenants(),
             listeners: self.listeners.status(),
+            certificates: self.certificates.report(),
             ..Status::default()
         };
         for worker in &self.workers {

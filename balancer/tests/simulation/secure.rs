@@ -63,7 +63,8 @@ impl World {
             DoorTls::Handshake => {
                 sock.tls = DoorTls::On;
                 let names = Names(["a", "b"].map(|name| format!("{name}.example")).to_vec());
-                let secured = Secured { server_name: None, names: names.into(), resumed: false };
+                let secured =
+                    Secured { server_name: None, names: names.into(), by_default: false, resumed: false };
                 group.push(Completion::Secured { sock: id, secured: Box::new(secured) });
             }
             DoorTls::Ending if conn.reset => {
