@@ -209,7 +209,8 @@ impl Door<'_> {
             self.tell(if fault { failed } else { Completion::Connected { sock } });
         } else if std::mem::take(&mut state.handshake) {
             state.secure = !fault;
-            let secured = Secured { server_name: None, names: Arc::new(Names::default()), resumed: false };
+            let names = Arc::new(Names::default());
+            let secured = Secured { server_name: None, names, by_default: false, resumed: false };
             let last_words = Chunk::owned(self.choices.take(3).to_vec());
             let failed = Completion::SecureFailed { sock, fault: TlsFault::Broken, last_words };
             self.tell(if fault { failed } else { Completion::Secured { sock, secured: Box::new(secured) } });
