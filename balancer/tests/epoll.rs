@@ -35,6 +35,8 @@ mod process;
 mod seeing;
 #[path = "service.rs"]
 mod service;
+#[path = "smuggling.rs"]
+mod smuggling;
 #[path = "tcp.rs"]
 mod tcp;
 #[path = "unix.rs"]

@@ -441,7 +441,7 @@ counters! {
     answered_by_action,
     /// 400: refused, malformed or ambiguous.
     refused_bad_request,
-    /// 405: CONNECT.
+    /// 405: CONNECT or TRACE.
     refused_method,
     /// 408: the head did not arrive in time.
     refused_slow_head,

@@ -12,6 +12,7 @@ pub mod generations;
 pub mod hello;
 pub mod load;
 pub mod prometheus;
+pub mod recorder;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};

@@ -59,7 +59,7 @@ impl Answer {
     /// The counter this answer has of its own.
     pub fn counter(self, counters: &mut Counters) -> &mut u64 {
         match self {
-            Answer::Refused(HeadError::Connect) => &mut counters.refused_method,
+            Answer::Refused(HeadError::Method) => &mut counters.refused_method,
             Answer::Refused(HeadError::Version) => &mut counters.refused_version,
             Answer::Refused(HeadError::TooManyFields) | Answer::LargeHead => &mut counters.refused_large_head,
             Answer::Refused(_) | Answer::BadChunk => &mut counters.refused_bad_request,
@@ -150,12 +150,14 @@ impl Answer {
 
     fn words(self) -> Words {
         let (status, code, text, extra) = match self {
-            Answer::Refused(HeadError::Connect) => {
+            Answer::Refused(HeadError::Method) => {
                 let allow = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n";
                 return Words {
                     status: "405 Method Not Allowed",
                     code: "method_not_allowed",
-                    text: "CONNECT is not supported here.\n".to_owned(),
+                    text: "CONNECT and TRACE are not supported here.
+"
+                    .to_owned(),
                     extra: Cow::Borrowed(allow),
                 };
             }

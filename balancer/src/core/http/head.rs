@@ -54,8 +54,8 @@ pub enum HeadError {
     BodyLength,
     #[error("the transfer coding is not supported")]
     TransferCoding,
-    #[error("CONNECT is not supported")]
-    Connect,
+    #[error("the method is not supported")]
+    Method,
 }
 
 /// One field line: `name: value`, the value without surrounding blanks.

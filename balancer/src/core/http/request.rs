@@ -63,8 +63,9 @@ struct Facts<'a> {
 
 /// Judges a request head that came from this caller.
 pub fn plan(head: &RequestHead<'_>, caller: &Caller) -> Result<RequestPlan, HeadError> {
-    if head.method == b"CONNECT" {
-        return Err(HeadError::Connect);
+    // A tunnel is for forward proxies; what TRACE echoes is what proxies add, for whoever can make a browser ask.
+    if head.method == b"CONNECT" || head.method == b"TRACE" {
+        return Err(HeadError::Method);
     }
     let facts = gather(head)?;
     let (authority, target) = split_target(head)?;
@@ -196,9 +197,9 @@ struct Target<'a> {
     rest: &'a [u8],
 }
 
-/// RFC 9110 §9.2.2.
+/// RFC 9110 §9.2.2; TRACE does not get here.
 fn is_idempotent(method: &[u8]) -> bool {
-    [&b"GET"[..], b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"].contains(&method)
+    [&b"GET"[..], b"HEAD", b"OPTIONS", b"PUT", b"DELETE"].contains(&method)
 }
 
 fn write_forward(
