@@ -191,6 +191,15 @@ fn what_is_no_socket_of_the_tenants_is_refused_for_its_own_reason() {
     }
 }
 
+/// Ends the swapping, also when a test fails.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Swaps what stands at a path and a link to the host's socket, as fast as it goes.
 fn swap_until(stop: &AtomicBool, folder: &Folder) {
     let at = nix::fcntl::AT_FDCWD;
@@ -209,6 +218,7 @@ fn a_path_that_is_swapped_all_the_time_never_leads_to_the_host() {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| swap_until(&stop, &folder));
+        let _stop = StopOnDrop(&stop);
         let sockets = UnixSockets::below(Some(&folder.path("tenants"))).expect("the folder");
         let path = "web/app.sock".parse().expect("a path");
         let (mut connected, mut refused) = (0_u32, 0_u32);
@@ -233,7 +243,6 @@ fn a_path_that_is_swapped_all_the_time_never_leads_to_the_host() {
             }
             host.connection_count() > 0
         });
-        stop.store(true, Ordering::Relaxed);
     });
 }
 
