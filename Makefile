@@ -5,12 +5,13 @@
 # make soak    the end-to-end suites with long loads
 # make vm-test  the suites in throwaway VMs [T=part of a name]; vm-shell, vm-pair: machines to look around in [R=release]
 # make bench   every benchmark; bench-balancer: the balancer beside HAProxy, nginx and naive proxies
+# make deb     the Debian packages, in target/deb
 # make clean   what was built
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup root rust build lint test demo soak bench bench-balancer clean
+.PHONY: help setup root rust build lint test demo soak bench bench-balancer deb clean
 
 # One profile for everything: what is tested is what is shipped, and nothing is built twice.
 PROFILE := release
@@ -60,11 +61,11 @@ setup: root
 	  echo "  = help: use a kernel with CONFIG_BTRFS_FS, as Debian's are" >&2; exit 1; }
 
 build: rust
-	cargo build --profile $(PROFILE) --workspace --bins
+	cargo build $(CARGO_FLAGS) --profile $(PROFILE) --workspace --bins
 	@mkdir -p $(DIST)
 	@for bin in $(PARTS) epagent-demo epagent-load; do cp --remove-destination $(BUILT)/$$bin $(DIST)/$$bin; done
-	cargo rustc --profile $(PROFILE) -p epagent-isolation --bin epagent-jail -- -C target-feature=+crt-static
-	cargo rustc --profile $(PROFILE) -p epagent-storage --bin epagent-unpack -- -C target-feature=+crt-static
+	cargo rustc $(CARGO_FLAGS) --profile $(PROFILE) -p epagent-isolation --bin epagent-jail -- -C target-feature=+crt-static
+	cargo rustc $(CARGO_FLAGS) --profile $(PROFILE) -p epagent-storage --bin epagent-unpack -- -C target-feature=+crt-static
 	@for bin in $(STATIC); do cp --remove-destination $(BUILT)/$$bin $(DIST)/$$bin; done
 
 # A toolchain without these components still builds and tests, and a newer one may warn of more: only CI fails for it.
@@ -94,6 +95,21 @@ bench-balancer: root setup build
 	@command -v haproxy >/dev/null && command -v nginx >/dev/null || { export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
 	  apt-get update -q && apt-get install -q -y --no-install-recommends haproxy nginx libnginx-mod-stream; }
 	$(ROOT_SUITES) cargo bench --profile $(PROFILE) -p epagent-tests --bench balancer
+
+# The packages, in target/deb, from a clean tree of the last commit. debhelper gives the build a HOME of its own, so
+# the toolchain's places are named.
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+deb: rust
+	@command -v dh >/dev/null && command -v dpkg-buildpackage >/dev/null || { export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -q && apt-get install -q -y --no-install-recommends debhelper dpkg-dev lintian; }
+	@[ "$$(dpkg-parsechangelog -S Version)" = "$(VERSION)" ] || { echo "error: debian/changelog and Cargo.toml differ in their version." >&2; exit 1; }
+	rm -rf target/deb && mkdir -p target/deb/epagent-$(VERSION)
+	git archive HEAD | tar -x -C target/deb/epagent-$(VERSION)
+	cd target/deb/epagent-$(VERSION) && CARGO_TARGET_DIR=$(TARGET) CARGO_HOME=$${CARGO_HOME:-$$HOME/.cargo} \
+	  RUSTUP_HOME=$${RUSTUP_HOME:-$$HOME/.rustup} dpkg-buildpackage -us -uc -b
+	rm -rf target/deb/epagent-$(VERSION)
+	@if command -v lintian >/dev/null; then lintian --pedantic --fail-on error,warning target/deb/*.changes; fi
+	@ls -1 target/deb/*.deb
 
 clean:
 	cargo clean

@@ -14,7 +14,7 @@ use crate::failure::EXIT_CODES;
 use crate::setup::init::InitArgs;
 
 /// Where an installed agent is reached.
-const SOCKET_DEFAULT: &str = "/run/epagent/admin.sock";
+pub const SOCKET_DEFAULT: &str = "/run/epagent/admin.sock";
 
 #[derive(Debug, Parser)]
 #[command(name = "epagent", version, about = "A small hosting platform on one machine", after_help = EXIT_CODES)]
@@ -90,6 +90,11 @@ pub enum Verb {
     Init(InitArgs),
     /// Run a whole node in the foreground from one folder
     Dev(DevArgs),
+    /// Print the completion script of a shell: bash, zsh, fish
+    Completions(CompletionsArgs),
+    /// Write the manual pages below a folder
+    #[command(hide = true)]
+    Manual(ManualArgs),
     /// Explain a topic: exit-codes
     Help(HelpArgs),
 }
@@ -343,6 +348,16 @@ pub struct DestroyArgs {
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
     pub code: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    pub shell: String,
+}
+
+#[derive(Debug, Args)]
+pub struct ManualArgs {
+    pub folder: PathBuf,
 }
 
 #[derive(Debug, Args)]

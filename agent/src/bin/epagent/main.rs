@@ -11,6 +11,7 @@
 //! | [`pack`] | the operator's files as streams |
 //! | [`screen`], [`terminal`] | what people see and type |
 //! | [`failure`] | how every command fails: one shape, documented statuses |
+//! | [`shell`] | completions and manual pages |
 //! | [`setup`] | `epagent init`, and what a node's configuration is made of |
 //! | [`dev`] | a whole node in the foreground |
 
@@ -23,6 +24,7 @@ mod failure;
 mod pack;
 mod screen;
 mod setup;
+mod shell;
 mod terminal;
 mod verbs;
 
@@ -35,10 +37,13 @@ use failure::{Failure, status};
 use screen::Screen;
 
 fn main() -> ExitCode {
+    shell::complete();
     let arguments = Arguments::parse();
     let done = match &arguments.verb {
         Verb::Dev(args) => dev::run(args).map(|()| status::OK),
         Verb::Init(args) => setup::init::run(args).map(|()| status::OK),
+        Verb::Completions(args) => shell::completions(&args.shell).map(|()| status::OK),
+        Verb::Manual(args) => shell::manual(&args.folder).map(|()| status::OK),
         _ => run(arguments),
     };
     let status = done.unwrap_or_else(|failure| {

@@ -57,7 +57,9 @@ pub async fn run(arguments: Arguments) -> Outcome {
         Verb::Explain(args) => explain::explain(&args),
         Verb::Help(args) => system::help(&args),
         // Taken by main before there is a runtime.
-        Verb::Dev(_) | Verb::Init(_) => Err(Failure::usage("this command is started by itself", "")),
+        Verb::Dev(_) | Verb::Init(_) | Verb::Completions(_) | Verb::Manual(_) => {
+            Err(Failure::usage("this command is started by itself", ""))
+        }
     }
 }
 
