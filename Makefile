@@ -123,12 +123,12 @@ setup-vm: setup
 	@command -v qemu-system-x86_64 >/dev/null || { export DEBIAN_FRONTEND=noninteractive; \
 	  apt-get update -q && apt-get install -q -y --no-install-recommends qemu-system-x86; }
 
-vm-test: root setup-vm build
+vm-test: root setup-vm build deb
 	@cargo nextest --version >/dev/null 2>&1 || cargo install cargo-nextest --locked
 	cargo nextest list --cargo-profile $(PROFILE) --workspace --list-type binaries-only --message-format json > $(BUILT)/tests.json
 	$(ROOT_SUITES) EPAGENT_TEST_VM=1 EPAGENT_TEST_LIST=$(BUILT)/tests.json \
 	  cargo nextest run --cargo-profile $(PROFILE) --workspace --profile vm \
-	    -E 'package(epagent-tests) & binary(vm)$(if $(T), & test(/$(T)/))'
+	    -E 'package(epagent-tests) & (binary(vm) | binary(packages))$(if $(T), & test(/$(T)/))'
 
 vm-shell vm-pair: vm-%: root setup-vm build
 	@$(ROOT_SUITES) cargo run -q --profile $(PROFILE) -p epagent-tests --bin epagent-vm -- $* $(or $(R),trixie)

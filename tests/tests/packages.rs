@@ -1,0 +1,228 @@
+//! The packages on fresh machines: installed, set up, served from, cut off, upgraded under load, removed.
+//!
+//! Only with `EPAGENT_TEST_VM=1` and packages in `target/deb` (or `EPAGENT_DEBS`): `make vm-test [T=name]`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use epagent_tests::vm::payload::Payload;
+use epagent_tests::vm::{Options, Release, Vm};
+
+/// Where the packages lie in a machine.
+const DEBS: &str = "/root/debs";
+const NEW_DEBS: &str = "/root/new-debs";
+const FETCH: &str = "curl -sS --fail --max-time 30 -H 'Host: hello.localhost' http://127.0.0.1/";
+/// Requests on a kept connection and on new ones, one after the other, until `/run/enough` is there. What fails is
+/// written to `/run/failed`, how many were answered to `/run/answered`.
+const LOAD: &str = r#"
+import http.client, os, time
+answered, failed, kept = 0, [], None
+while not os.path.exists("/run/enough"):
+    for fresh in (False, True):
+        try:
+            conn = http.client.HTTPConnection("127.0.0.1", 80, timeout=60) if fresh or kept is None else kept
+            conn.request("GET", "/", headers={"Host": "hello.localhost"})
+            answer = conn.getresponse()
+            body = answer.read()
+            if answer.status != 200 or not body.startswith(b"Hello"):
+                raise Exception(f"{answer.status} {body[:80]}")
+            answered += 1
+            closing = answer.headers.get("Connection") == "close"
+            if fresh or closing: conn.close()
+            kept = kept if fresh else (None if closing else conn)
+        except Exception as error:
+            failed.append(f"{time.time()} fresh={fresh} {error!r}")
+            if not fresh: kept = None
+    with open("/run/answered.new", "w") as file: file.write(str(answered))
+    os.rename("/run/answered.new", "/run/answered")
+open("/run/failed", "w").write("\n".join(failed))
+"#;
+
+fn wanted() -> bool {
+    let wanted = std::env::var("EPAGENT_TEST_VM").is_ok_and(|value| value == "1");
+    if !wanted {
+        eprintln!("SKIPPED: VMs are not asked for; EPAGENT_TEST_VM=1 or `make vm-test` runs this");
+    }
+    wanted
+}
+
+fn debs() -> PathBuf {
+    let default = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/deb");
+    let folder = std::env::var_os("EPAGENT_DEBS").map_or_else(default, PathBuf::from);
+    assert!(folder.is_dir(), "{} is missing; `make deb` makes it", folder.display());
+    folder
+}
+
+/// A machine that has the packages, but not installed.
+#[track_caller]
+fn machine(release: Release) -> Vm {
+    let mut payload = Payload::default();
+    payload.folder(&debs(), DEBS);
+    payload.text("/root/load.py", LOAD);
+    let vm = Vm::with(release, Options { payload, ..Options::default() });
+    println!("{}: {} forked={} in {:?}", vm.name, release.name(), vm.forked, vm.took);
+    vm
+}
+
+#[track_caller]
+fn install(vm: &Vm, folder: &str) {
+    let command = format!(
+        "DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends {folder}/*.deb"
+    );
+    vm.run_within(&command, Duration::from_secs(60)).ok();
+}
+
+#[track_caller]
+fn set_up(vm: &Vm) {
+    install(vm, DEBS);
+    // Inert until it is set up.
+    assert_eq!(vm.succeed("systemctl list-units --no-legend --state=active 'epagent*' || true").trim(), "");
+    vm.run_within("epagent init --size 3G", Duration::from_secs(60)).ok();
+}
+
+#[track_caller]
+fn deploy(vm: &Vm) {
+    let command = "epagent deploy /usr/share/doc/epagent-doc/examples/hello";
+    vm.run_within(command, Duration::from_secs(60)).ok();
+    assert!(vm.succeed(FETCH).starts_with("Hello from epagent"));
+}
+
+#[track_caller]
+fn all_is_well(vm: &Vm) {
+    assert_eq!(vm.succeed("systemctl --failed --no-legend"), "");
+    let noise = vm.succeed("journalctl -b -k --no-pager | grep -iE 'avc:|audit.*type=1326|seccomp' || true");
+    assert_eq!(noise, "", "the kernel refused something");
+}
+
+#[track_caller]
+fn pids(vm: &Vm) -> String {
+    let list = "epagent ps --json | python3 -c 'import json,sys; \
+                print(*sorted(row[\"pid\"] for row in json.load(sys.stdin) if row[\"state\"] == \"healthy\"))'";
+    vm.succeed(list).trim().to_owned()
+}
+
+#[test]
+fn installed_it_serves_again_after_a_reboot_and_leaves_nothing_on_trixie() {
+    if wanted() {
+        installed_it_serves_again_after_a_reboot_and_leaves_nothing(Release::Trixie);
+    }
+}
+
+#[test]
+fn installed_it_serves_again_after_a_reboot_and_leaves_nothing_on_bookworm() {
+    if wanted() {
+        installed_it_serves_again_after_a_reboot_and_leaves_nothing(Release::Bookworm);
+    }
+}
+
+fn installed_it_serves_again_after_a_reboot_and_leaves_nothing(release: Release) {
+    let mut vm = machine(release);
+    let before = vm.succeed("ls /etc /etc/systemd/system /usr/lib /var/lib /run");
+    set_up(&vm);
+    vm.fail("epagent init").fails(1, &["already_set_up"]);
+    deploy(&vm);
+    all_is_well(&vm);
+    println!("{}", vm.succeed("epagent status; systemd-cgls --no-pager /epagent.slice | head -40"));
+
+    vm.reboot();
+    let again = vm.wait_until_succeeds(FETCH, Duration::from_secs(60));
+    assert!(again.starts_with("Hello from epagent"), "{again}");
+    all_is_well(&vm);
+
+    // Nothing but the holder is the instances' life.
+    let running = pids(&vm);
+    assert_eq!(running.split(' ').count(), 2, "{running:?}");
+    for unit in ["epagentd", "epagent-runner", "epagent-lease", "epagent-balancer"] {
+        vm.succeed(&format!("systemctl restart {unit}"));
+        vm.wait_until_succeeds(FETCH, Duration::from_secs(20));
+        vm.succeed(&format!("systemctl kill --kill-whom=main --signal=KILL {unit}"));
+        vm.wait_until_succeeds(&format!("systemctl is-active {unit} && {FETCH}"), Duration::from_secs(20));
+    }
+    vm.succeed(
+        "systemctl kill --kill-whom=main --signal=KILL epagent-instances; sleep 1; systemctl daemon-reexec",
+    );
+    assert_eq!(
+        vm.wait_until_succeeds(FETCH, Duration::from_secs(20)).split(',').next(),
+        Some("Hello from epagent")
+    );
+    vm.wait_until_succeeds("epagent ps --json | grep -q healthy", Duration::from_secs(20));
+    assert_eq!(pids(&vm), running, "an instance did not survive");
+    all_is_well(&vm);
+
+    let purge = "DEBIAN_FRONTEND=noninteractive EPAGENT_PURGE_POOL=yes apt-get purge -y -q epagent epagent-cli epagent-doc";
+    vm.run_within(purge, Duration::from_secs(90)).ok();
+    let left = vm.succeed(
+        "find /sys/fs/cgroup -name '*epagent*'; ip -o link | grep 'ep[0-9]' || true; \
+         nft list tables | grep epagent || true; grep epagent /proc/mounts || true; losetup -a; pgrep -a epagent || true; \
+         find / -xdev -name '*epagent*' -not -path '/proc/*' -not -path '/root/*' -not -path '/var/log/*' \
+           -not -path '/var/lib/dpkg/*' -not -path '/var/cache/*' -not -path '/var/lib/systemd/*'",
+    );
+    assert_eq!(left, "", "left behind");
+    assert_eq!(vm.succeed("ls /etc /etc/systemd/system /usr/lib /var/lib /run"), before);
+    assert_eq!(vm.succeed("systemctl --failed --no-legend"), "");
+}
+
+#[test]
+fn an_upgrade_under_load_loses_no_request_and_no_instance_on_trixie() {
+    if wanted() {
+        an_upgrade_under_load_loses_no_request_and_no_instance(Release::Trixie);
+    }
+}
+
+#[test]
+fn an_upgrade_under_load_loses_no_request_and_no_instance_on_bookworm() {
+    if wanted() {
+        an_upgrade_under_load_loses_no_request_and_no_instance(Release::Bookworm);
+    }
+}
+
+fn an_upgrade_under_load_loses_no_request_and_no_instance(release: Release) {
+    let vm = machine(release);
+    set_up(&vm);
+    deploy(&vm);
+    // The same programs under a higher version: what an upgrade does is the scripts' and the units' affair.
+    vm.run_within(
+        &format!(
+            "mkdir {NEW_DEBS} && for deb in {DEBS}/*.deb; do rm -rf /root/t; dpkg-deb -R $deb /root/t; \
+             sed -i 's/^Version: .*/&+next/; s/\\((= [^)]*\\))/\\1+next)/' /root/t/DEBIAN/control; \
+             dpkg-deb -Znone -b /root/t {NEW_DEBS}/$(basename $deb) >/dev/null; done"
+        ),
+        Duration::from_secs(60),
+    )
+    .ok();
+    let (running, balancer) = (pids(&vm), vm.succeed("systemctl show -p MainPID --value epagent-balancer"));
+    vm.succeed("systemd-run --quiet --unit=load python3 /root/load.py");
+    let some = "test \"$(cat /run/answered)\" -gt 20";
+    vm.wait_until_succeeds(some, Duration::from_secs(20));
+
+    install(&vm, NEW_DEBS);
+    assert!(vm.succeed("dpkg-query -W -f '${Version}' epagent").ends_with("+next"));
+    vm.succeed("answered=$(cat /run/answered); echo $answered > /run/then");
+    vm.wait_until_succeeds(
+        "test \"$(cat /run/answered)\" -gt $(($(cat /run/then) + 20))",
+        Duration::from_secs(20),
+    );
+    assert_ne!(
+        vm.succeed("systemctl show -p MainPID --value epagent-balancer"),
+        balancer,
+        "the old balancer runs on"
+    );
+    // And back.
+    let back = format!(
+        "DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends --allow-downgrades {DEBS}/*.deb"
+    );
+    vm.run_within(&back, Duration::from_secs(60)).ok();
+    vm.succeed("answered=$(cat /run/answered); echo $answered > /run/then");
+    vm.wait_until_succeeds(
+        "test \"$(cat /run/answered)\" -gt $(($(cat /run/then) + 20))",
+        Duration::from_secs(20),
+    );
+
+    vm.succeed("touch /run/enough");
+    vm.wait_until_succeeds("test -e /run/failed", Duration::from_secs(60));
+    println!("answered: {}", vm.succeed("cat /run/answered"));
+    assert_eq!(vm.succeed("cat /run/failed"), "", "requests failed");
+    vm.wait_until_succeeds("epagent ps --json | grep -q healthy", Duration::from_secs(20));
+    assert_eq!(pids(&vm), running, "an instance did not survive");
+    all_is_well(&vm);
+}
