@@ -237,8 +237,7 @@ fn run(
         }
         let ended = core.take_access();
         if let Some(log) = log.filter(|_| !ended.is_empty()) {
-            let dropped = log.add(ended);
-            core.count_dropped_access(dropped);
+            log.add(ended);
         }
     }
     // Before the inbox goes, so that whoever sees that gone finds this.

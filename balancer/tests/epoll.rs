@@ -5,6 +5,8 @@
     reason = "each file brings along what the tests share, as in a binary of its own"
 )]
 
+#[path = "access_log.rs"]
+mod access_log;
 #[path = "actions.rs"]
 mod actions;
 #[path = "config_file.rs"]
@@ -31,6 +33,8 @@ mod metrics;
 mod preface;
 #[path = "process.rs"]
 mod process;
+#[path = "reconcile.rs"]
+mod reconcile;
 #[path = "seeing.rs"]
 mod seeing;
 #[path = "service.rs"]

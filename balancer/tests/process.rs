@@ -278,30 +278,6 @@ fn slow_readers_pin_no_memory_and_stall_nobody() {
 }
 
 #[test]
-fn the_access_log_tells_what_became_of_each_request() {
-    let app = App::named("shop");
-    let dir = tempfile::tempdir().expect("a folder");
-    let path = dir.path().join("access.log");
-    let balancer = Balancer::start(&["--access-log", path.to_str().expect("a path in UTF-8")]);
-    balancer.route("shop.example", &[("a", app.address, "up")]);
-    let mut client = Client::connect(balancer.http);
-    client.get("shop.example", "/x?y");
-    client.get("other.example", "/");
-    client.send("nonsense\r\n\r\n").read();
-    let lines = poll("three lines", || {
-        let text = std::fs::read_to_string(&path).ok()?;
-        let lines: Vec<serde_json::Value> =
-            text.lines().map_while(|line| serde_json::from_str(line).ok()).collect();
-        (lines.len() == 3).then_some(lines)
-    });
-    let fact = |n: usize, key: &str| lines[n][key].as_str().unwrap_or_default().to_owned();
-    assert_eq!((fact(0, "outcome"), fact(0, "upstream")), ("answered".into(), "a".into()));
-    assert_eq!((fact(0, "target"), fact(0, "client")), ("/x?y".into(), "127.0.0.1".into()));
-    assert_eq!((fact(1, "outcome"), lines[1]["status"].as_u64()), ("unknown_host".into(), Some(404)));
-    assert_eq!((fact(2, "outcome"), lines[2]["status"].as_u64()), ("bad_request".into(), Some(400)));
-}
-
-#[test]
 fn a_reader_that_takes_nothing_is_let_go() {
     let body = noise(9, 20_000_000);
     let app = App::start(move |_, stream| respond(stream, &body));

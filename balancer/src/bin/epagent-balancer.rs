@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use epagent_balancer::access_log::{Format, LogOptions, Target};
 use epagent_balancer::config_file::ConfigFile;
 use epagent_balancer::control::client::Client;
 use epagent_balancer::control::connections::ConnectionsQuery;
@@ -137,6 +138,23 @@ struct RunArgs {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Json,
+    Common,
+    Combined,
+}
+
+impl From<LogFormat> for Format {
+    fn from(format: LogFormat) -> Self {
+        match format {
+            LogFormat::Json => Self::Json,
+            LogFormat::Common => Self::Common,
+            LogFormat::Combined => Self::Combined,
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum Mode {
     Tcp,
     Http,
@@ -183,9 +201,15 @@ struct CommonArgs {
     /// How long clients wait for room among the connections before they are reset
     #[arg(long, default_value_t = 1_000, value_name = "MS")]
     overload_grace_ms: u64,
-    /// Log every HTTP request to this file, one JSON object per line
+    /// Log every request and connection to this file; `-` is standard output, `journald` systemd's journal
     #[arg(long, value_name = "PATH")]
-    access_log: Option<PathBuf>,
+    access_log: Option<Target>,
+    /// json, common or combined; the journal has fields of its own
+    #[arg(long, value_enum, default_value = "json")]
+    access_log_format: LogFormat,
+    /// Log one in so many of what went well, and all of what did not
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    access_log_sample: u32,
     /// Receive buffers per thread, a power of two
     #[arg(long, default_value_t = 512, value_name = "COUNT")]
     buffers: u16,
@@ -467,7 +491,11 @@ impl CommonArgs {
             io: self.io,
             unix_root: self.unix_root.clone(),
             tls_dir: self.tls_dir.clone(),
-            access_log: self.access_log.clone(),
+            access_log: self.access_log.clone().map(|target| LogOptions {
+                target,
+                format: self.access_log_format.into(),
+                sample: self.access_log_sample,
+            }),
             state_dir: None,
             port_address: IpAddr::from([127, 0, 0, 1]),
             control_uid: None,

@@ -554,8 +554,10 @@ counters! {
     ejections,
     /// Times one was not, because so many are already.
     ejections_capped,
-    /// Access log lines dropped because they could not be written in time.
+    /// Access log lines dropped because they could not be written, or not in time.
     access_log_dropped,
+    /// What went well and was not logged, because only a sample is.
+    access_log_sampled_out,
     /// Bytes received from clients.
     bytes_from_clients,
     /// Bytes received from upstreams.

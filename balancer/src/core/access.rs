@@ -7,19 +7,25 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 
+use super::dispatch::field;
 use super::engine::Core;
 use super::flow::{Flow, Outcome};
 use super::histogram::Micros;
+use super::http::head::Version;
 use super::session::Request;
+use super::slab::RouteKey;
 
 /// One request or connection and what became of it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Access {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client: Option<IpAddr>,
     /// What the request is called, to the app and in an answer of ours.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub request_id: String,
+    /// `HTTP/1.1`, `HTTP/1.0` or `tcp`; absent when it was turned away before anything was understood.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub protocol: &'static str,
     /// Absent of plain connections and of refused heads.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub method: String,
@@ -54,6 +60,14 @@ pub struct Access {
     /// In the hold queue, if it was held.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_us: Option<Micros>,
+    /// Only when the log's format has them.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub referer: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub user_agent: String,
+    /// This line stands for so many, when what went well is sampled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample: Option<u32>,
 }
 
 impl Core {
@@ -64,6 +78,15 @@ impl Core {
         outcome: Outcome,
         duration_us: Micros,
     ) {
+        let well = outcome.went_well() && flow.status.is_none_or(|status| status < 400);
+        let sample = (well && self.config.access_log_sample > 1).then_some(self.config.access_log_sample);
+        if let Some(sample) = sample {
+            self.access_turn = (self.access_turn + 1) % sample;
+            if self.access_turn != 0 {
+                self.counters.access_log_sampled_out += 1;
+                return;
+            }
+        }
         let line = match flow.line.take() {
             Some(line) => *line,
             None => self.describe(flow, request),
@@ -76,6 +99,7 @@ impl Core {
             duration_us,
             ttfb_us: flow.first_byte_us,
             held_us: flow.held_us,
+            sample,
             ..line
         });
     }
@@ -83,6 +107,10 @@ impl Core {
     /// What is known of one before it has ended.
     pub(super) fn describe(&self, flow: &Flow, request: Option<&Request>) -> Access {
         let shown = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let wanted = |name| match request.filter(|_| self.config.access_log_agent) {
+            Some(request) => shown(field(&request.forward, name).unwrap_or_default()),
+            None => String::new(),
+        };
         Access {
             client: flow.address.map(|address| address.ip().to_canonical()),
             request_id: request.map(|request| shown(request.id())).unwrap_or_default(),
@@ -97,19 +125,16 @@ impl Core {
                 .upstream
                 .and_then(|key| self.upstreams.get(key))
                 .map(|upstream| upstream.id.clone()),
-            status: None,
-            outcome: "",
-            bytes_in: 0,
-            bytes_out: 0,
-            duration_us: 0,
-            ttfb_us: None,
-            held_us: None,
+            protocol: match request.map(|request| request.version) {
+                Some(Version::Http11) => "HTTP/1.1",
+                Some(Version::Http10) => "HTTP/1.0",
+                None if flow.route != RouteKey::NONE => "tcp",
+                None => "",
+            },
+            referer: wanted("referer"),
+            user_agent: wanted("user-agent"),
+            ..Access::default()
         }
-    }
-
-    /// Counts what the log had no room for.
-    pub fn count_dropped_access(&mut self, count: u64) {
-        self.counters.access_log_dropped += count;
     }
 
     /// What has ended since the last call.

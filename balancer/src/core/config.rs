@@ -21,6 +21,10 @@ pub struct Config {
     pub listener_limits: ListenerLimits,
     /// Note every request's end for the access log.
     pub access_log: bool,
+    /// Of what went well, note one in so many.
+    pub access_log_sample: u32,
+    /// Note Referer and User-Agent too.
+    pub access_log_agent: bool,
     /// A request head larger than this gets 431.
     pub head_bytes_max: usize,
     /// From a request's first byte (or from accepting) to the end of its head; then 408.
@@ -111,6 +115,8 @@ impl Default for Config {
             listener_limits: ListenerLimits::default(),
             request_id_seed: [0; 2],
             access_log: false,
+            access_log_sample: 1,
+            access_log_agent: false,
             head_bytes_max: 32 * 1024,
             head_timeout_ms: 10_000,
             client_idle_timeout_ms: 60_000,

@@ -303,7 +303,7 @@ pub(super) fn no_upstream(choice: Choice) -> Answer {
 }
 
 /// The value of a field in a head of our own making, one `Name: value` a line.
-fn field<'a>(head: &'a [u8], name: &str) -> Option<&'a [u8]> {
+pub(super) fn field<'a>(head: &'a [u8], name: &str) -> Option<&'a [u8]> {
     let mut lines = head.split(|b| *b == b'\n').skip(1);
     lines.find_map(|line| {
         let (found, value) = line.split_at_checked(name.len())?;

@@ -64,6 +64,8 @@ pub struct Core {
     pub(super) counters: Counters,
     pub(super) out: Vec<Op>,
     pub(super) access: Vec<Access>,
+    /// Whose turn it is to be logged, when what went well is sampled.
+    pub(super) access_turn: u32,
     /// What is said in place of our own answers, by their codes.
     pub(super) pages: HashMap<String, Rc<Page>>,
     pub(super) remarks: Remarks,

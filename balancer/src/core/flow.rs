@@ -88,6 +88,11 @@ impl Outcome {
         }
     }
 
+    /// Nothing about it is worth an operator's look.
+    pub fn went_well(self) -> bool {
+        matches!(self, Outcome::Answered | Outcome::Upgraded | Outcome::Closed | Outcome::Page(_))
+    }
+
     fn counter(self, ends: &mut Ends) -> &mut u64 {
         match self {
             Outcome::Answered | Outcome::Upgraded | Outcome::Closed => &mut ends.passed,

@@ -36,7 +36,7 @@ use self::reread::ConfigSource;
 pub use self::say::{chain, log};
 use self::system::{connections_by_descriptors, random_seed, watch_signals};
 pub use self::waits::poll_timeout;
-use crate::access_log::AccessLog;
+use crate::access_log::{Format, LogOptions, RunningLog};
 use crate::config_file::ConfigFile;
 use crate::control::protocol::{Request, Response};
 use crate::control::server::{ControlServer, Reply};
@@ -89,8 +89,8 @@ pub struct Options {
     pub metrics: Option<OwnedFd>,
     /// Listeners to bind at start.
     pub bind: Vec<Bind>,
-    /// Where to log requests, one JSON object per line.
-    pub access_log: Option<PathBuf>,
+    /// How to log requests and connections, if at all.
+    pub access_log: Option<LogOptions>,
     /// The table to start with where none is saved.
     pub table: Table,
     /// A file to go by, for the table and for more listeners to bind: it is read again on SIGHUP, and goes before a table that is handed over.
@@ -164,6 +164,7 @@ pub struct Server {
     notifier: Notifier,
     watchdog: Option<Watchdog>,
     started: Instant,
+    log: Option<RunningLog>,
     /// Who changed what.
     trail: Trail,
     stop_timeout: Duration,
@@ -192,15 +193,18 @@ impl Server {
             threads,
             seed: random_seed(),
             access_log: options.access_log.is_some(),
+            access_log_sample: options.access_log.as_ref().map_or(1, |log| log.sample),
+            access_log_agent: options.access_log.as_ref().is_some_and(|log| log.format == Format::Combined),
             ..options.config
         };
         let log =
-            options.access_log.as_deref().map(AccessLog::open).transpose().map_err(ServerError::AccessLog)?;
+            options.access_log.as_ref().map(RunningLog::start).transpose().map_err(ServerError::AccessLog)?;
         let remarks = say::start_remarking().map_err(ServerError::Log)?;
+        let near_end = || log.as_ref().map(RunningLog::near_end);
         let notices = Notices { ended: worker_ended.clone(), starved: starved.clone(), remarks };
         let start = |index| {
             let config = Config { request_id_seed: [random_seed(), random_seed()], ..config.clone() };
-            Worker::start(index, doors.clone(), config, log.clone(), notices.clone())
+            Worker::start(index, doors.clone(), config, near_end(), notices.clone())
         };
         let workers = (0..threads).map(start).collect::<Result<Vec<_>, _>>()?;
         let mut listeners = Listeners::new(options.port_address);
@@ -248,6 +252,7 @@ impl Server {
             stop_timeout: options.stop_timeout,
             drain_timeout: options.drain_timeout,
             started: Instant::now(),
+            log,
             trail: Trail::default(),
         };
         server.begin(taking)?;
@@ -256,6 +261,14 @@ impl Server {
 
     /// Serves until told to stop, or until it has handed over and drained, or until a thread fails.
     pub fn run(mut self) -> Result<(), ServerError> {
+        let ended = self.live();
+        if let Some(log) = self.log.take() {
+            log.finish();
+        }
+        ended
+    }
+
+    fn live(&mut self) -> Result<(), ServerError> {
         loop {
             self.wait();
             if self.obey_signals() {

@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use super::{Server, THREAD_TIMEOUT};
+use crate::access_log::RunningLog;
 use crate::control::protocol::{
     ErrorCode, Metrics, Response, ShownState, Status, StatusQuery, UpstreamStatus,
 };
@@ -62,6 +63,7 @@ impl Server {
             certificates: self.certificates.report(),
             ..Status::default()
         };
+        status.counters.access_log_dropped = self.log.as_ref().map_or(0, RunningLog::dropped);
         for worker in &self.workers {
             add_snapshot(&mut status, worker.snapshot(query.latency, THREAD_TIMEOUT)?);
         }

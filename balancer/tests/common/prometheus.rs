@@ -3,10 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+/// A name and its labels.
+type Series = (String, BTreeMap<String, String>);
+
 /// Everything a scrape said, by name and labels.
 #[derive(Debug, Default)]
 pub struct Scrape {
-    samples: BTreeMap<(String, BTreeMap<String, String>), f64>,
+    samples: BTreeMap<Series, f64>,
 }
 
 impl Scrape {
@@ -85,7 +88,7 @@ impl Scrape {
     }
 
     fn check_histograms(&self) {
-        let mut buckets: BTreeMap<(String, BTreeMap<String, String>), Vec<(f64, f64)>> = BTreeMap::new();
+        let mut buckets: BTreeMap<Series, Vec<(f64, f64)>> = BTreeMap::new();
         for ((name, labels), count) in &self.samples {
             let Some(base) = name.strip_suffix("_bucket") else { continue };
             let mut labels = labels.clone();
