@@ -211,22 +211,17 @@ fn at_its_limit_it_leaves_clients_in_the_queue() {
 #[test]
 fn out_of_descriptors_it_neither_spins_nor_forgets_clients() {
     let app = App::named("shop");
-    let balancer = Balancer::start(&["--max-connections", "10000"]);
-    balancer.route("shop.example", &[("a", app.address, "up")]);
-    let open = balancer.descriptors() as u64;
-    // A few more descriptors than it has now.
-    let limit = format!("--nofile={0}:{0}", open + 6);
-    let pid = balancer.pid().to_string();
-    let limited =
-        std::process::Command::new("prlimit").args(["--pid", &pid, &limit]).status().expect("prlimit");
-    assert!(limited.success());
-    let mut clients: Vec<Client> = (0..20).map(|_| Client::connect(balancer.http)).collect();
-    let before = cpu_ticks(balancer.pid());
-    poll("it backs off", || {
-        let status = Client::connect(balancer.http);
-        drop(status);
-        (descriptors_used(balancer.pid()) >= open + 5).then_some(())
+    let arguments = [&common::IO_ARGUMENTS[..], &["--max-connections", "10000"]].concat();
+    // Limited from the start: an accept of the ring's goes by the limit of when it was armed.
+    let mut balancer = Balancer::start_with(&arguments, |command| {
+        let mut limited = std::process::Command::new("prlimit");
+        limited.arg("--nofile=64:64").arg(command.get_program()).args(command.get_args());
+        limited.stderr(std::process::Stdio::piped()).spawn()
     });
+    balancer.route("shop.example", &[("a", app.address, "up")]);
+    let mut clients: Vec<Client> = (0..100).map(|_| Client::connect(balancer.http)).collect();
+    until("it has as many descriptors as it may", || descriptors_used(balancer.pid()) >= 64);
+    let before = cpu_ticks(balancer.pid());
     std::thread::sleep(Duration::from_millis(500));
     let used = cpu_ticks(balancer.pid()) - before;
     assert!(used < 20, "it used {used} ticks of 10 ms in half a second of shortage");
@@ -234,6 +229,13 @@ fn out_of_descriptors_it_neither_spins_nor_forgets_clients() {
     clients.truncate(2);
     clients[0].send(GET);
     assert_eq!(clients[0].read().text(), "shop");
+    // And it has said what is the matter, and what to do.
+    assert!(balancer.status().counters.accept_backoff > 0);
+    let mut said = balancer.child.stderr.take().expect("its standard error");
+    drop(balancer);
+    let mut text = String::new();
+    said.read_to_string(&mut text).expect("what it said");
+    assert!(text.contains("cannot accept connections") && text.contains("LimitNOFILE"), "{text}");
 }
 
 fn descriptors_used(pid: u32) -> u64 {

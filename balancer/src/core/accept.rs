@@ -92,9 +92,11 @@ impl Core {
     pub(super) fn accept_ended(&mut self, id: ListenerId, error: Option<Errno>) {
         let Some(listener) = self.listeners.get_mut(&id) else { return };
         listener.recv = Recv::Off;
-        if error.is_some() {
+        if let Some(error) = error {
             // Out of descriptors, most likely: pausing lets some be closed, and never spins.
             self.counters.accept_backoff += 1;
+            self.remarks
+                .add(self.now, || format!("cannot accept connections for a moment: {}", error.advice()));
             self.accept_after = Some(self.now + Config::ACCEPT_BACKOFF_MS);
         }
     }

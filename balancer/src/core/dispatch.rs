@@ -127,6 +127,8 @@ impl Core {
         if error.is_shortage() {
             // Trying again at once would fail again at once.
             self.counters.accept_backoff += 1;
+            self.remarks
+                .add(self.now, || format!("cannot connect to upstreams for a moment: {}", error.advice()));
             return match self.route_of(client) {
                 Some(route) => self.hold(client, route),
                 None => self.reroute(client),
@@ -162,6 +164,7 @@ impl Core {
         } else {
             if let (Some(refusal), Address::Unix(_)) = (Refusal::of(error), &upstream.address) {
                 *refusal.counter(&mut self.counters) += 1;
+                self.remarks.add(self.now, || format!("upstream {} is not used: {refusal}", upstream.id));
             }
             upstream.connect_failed(self.now, error);
         }

@@ -44,6 +44,16 @@ impl Errno {
         matches!(self.0, libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS | libc::EADDRNOTAVAIL)
     }
 
+    /// The error in words, and what an operator can do about it where that is known.
+    pub fn advice(self) -> String {
+        match self.0 {
+            libc::EMFILE => format!("{self}; raise LimitNOFILE= (ulimit -n), or lower --max-connections"),
+            libc::ENFILE => format!("{self}; raise the sysctl fs.file-max"),
+            libc::EADDRNOTAVAIL => format!("{self}; widen the sysctl net.ipv4.ip_local_port_range"),
+            _ => self.to_string(),
+        }
+    }
+
     /// Whether a connect failed because as many wait at a unix socket as may.
     pub fn is_full_queue(self) -> bool {
         self.0 == libc::EAGAIN
