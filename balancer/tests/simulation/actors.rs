@@ -303,14 +303,22 @@ pub struct AppConn {
     pub incoming: Vec<u8>,
     pub outgoing: Vec<u8>,
     pub closes_after_this: bool,
+    /// How often its app had come up when it was made.
+    pub ups: u32,
 }
 
 impl AppConn {
-    /// Answers the complete requests that have come; returns their ids and methods.
-    pub fn serve(&mut self, rng: &mut Rng) -> Vec<(u64, bool)> {
+    /// Answers the complete requests that have come; returns their ids, and whether they may be repeated.
+    /// Health checks have no id.
+    pub fn serve(&mut self, rng: &mut Rng, sick: bool) -> Vec<(Option<u64>, bool)> {
         let mut served = Vec::new();
         while !self.closes_after_this {
             let Some(request) = take_message(&mut self.incoming, false, false) else { break };
+            if request.head.starts_with("GET /healthz ") {
+                self.check_up(sick);
+                served.push((None, true));
+                continue;
+            }
             let id = request.id().expect("x-id");
             let method = request.head.split(' ').next().expect("a method").to_owned();
             let repeatable = request.body.is_empty() && method != "POST";
@@ -318,10 +326,22 @@ impl AppConn {
             let host = request.field("host").expect("a host");
             assert!(!["page.example", "moved.example", "empty.example"].contains(&host), "{host} has no app");
             assert!(request.field("x-forwarded-for").is_some() && request.field("connection").is_none());
-            self.respond(rng, id, &method);
-            served.push((id, repeatable));
+            match sick {
+                true => self.outgoing.extend_from_slice(
+                    format!("HTTP/1.1 500 Sick\r\nX-Id: {id}\r\nContent-Length: 0\r\n\r\n").as_bytes(),
+                ),
+                false => self.respond(rng, id, &method),
+            }
+            served.push((Some(id), repeatable));
         }
         served
+    }
+
+    fn check_up(&mut self, sick: bool) {
+        let status = if sick { "503 Sick" } else { "200 OK" };
+        let head = format!("HTTP/1.1 {status}\r\nContent-Length: 11\r\n\r\nall is well");
+        self.outgoing.extend_from_slice(head.as_bytes());
+        self.closes_after_this = true;
     }
 
     fn respond(&mut self, rng: &mut Rng, id: u64, method: &str) {

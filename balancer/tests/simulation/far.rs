@@ -134,13 +134,19 @@ impl World {
     }
 
     fn app_acts(&mut self, at: usize, taken: &[u8], over: bool) {
-        let (conn, Far::App { conn: app, .. }) = &mut self.conns[at] else { return };
+        let (conn, Far::App { app: owner, conn: app }) = &mut self.conns[at] else { return };
         if conn.reset {
             conn.hung_up = true;
             return;
         }
         app.incoming.extend_from_slice(taken);
-        for (id, repeatable) in app.serve(&mut self.rng) {
+        let (owner, ups, sick) = (*owner, app.ups, self.judging.sick[*owner]);
+        for (id, repeatable) in app.serve(&mut self.rng, sick) {
+            let Some(id) = id else {
+                self.judging.checked(owner);
+                continue;
+            };
+            self.judging.check_request(owner, ups);
             if !repeatable {
                 *self.served.entry(id).or_default() += 1;
             }

@@ -5,7 +5,7 @@
 //!
 //! What is checked: what the core asks of a door is within the contract; no byte is lost, doubled or mixed
 //! up between requests; without crashes every request gets its answer; a request that must not be repeated
-//! never reaches an app twice; shared buffers are never kept; nothing is left open at the end.
+//! never reaches an app twice; nobody is given a request that may not have one; shared buffers are never kept; nothing is left open at the end.
 //!
 //! `SIMULATION_SEEDS=N` runs more seeds, `SIMULATION_SEED=S` replays one, `SIMULATION_TRACE=1`
 //! shows everything that passes between core and door.
@@ -15,6 +15,7 @@ mod far;
 #[path = "../common/hello.rs"]
 #[allow(dead_code, reason = "alerts are for those who read them")]
 mod hello;
+mod judging;
 mod ledger;
 mod prefaces;
 mod secure;
@@ -22,9 +23,9 @@ mod world;
 
 use world::{Mode, World};
 
-/// Seeds of one test run, over the four modes.
+/// Seeds of one test run, over the five modes.
 const SEEDS: u64 = 2_800;
-const MODES: u64 = 4;
+const MODES: u64 = 5;
 
 fn seeds(mode_index: u64) -> Vec<u64> {
     if let Ok(seed) = std::env::var("SIMULATION_SEED") {
@@ -62,4 +63,9 @@ fn crashes_and_vanishing_clients_hurt_only_their_own_requests() {
 #[test]
 fn a_balancer_that_drains_and_its_successor_fail_no_request() {
     check(Mode::Handovers, 3);
+}
+
+#[test]
+fn only_those_who_may_be_given_requests_are_and_what_is_limited_is_counted_back() {
+    check(Mode::Judged, 4);
 }

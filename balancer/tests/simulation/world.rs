@@ -17,6 +17,7 @@ use epagent_balancer::table::{Address, Table};
 
 use crate::actors::{AppConn, Client, PAGE, Rng, take_front};
 use crate::far::{Conn, Far, StreamEnd};
+use crate::judging::Judging;
 use crate::ledger::Ledger;
 use crate::prefaces::Prefaces;
 use crate::secure::{self, DoorTls};
@@ -24,7 +25,7 @@ use crate::secure::{self, DoorTls};
 pub const HTTP: usize = 0;
 const TCP: usize = 1;
 pub const TCP_PORT: u16 = 5432;
-const APPS: usize = 4;
+pub const APPS: usize = 4;
 const CLIENTS: usize = 8;
 const STREAMS: usize = 4;
 /// More steps than any run needs; reaching it means something is stuck.
@@ -37,6 +38,8 @@ pub enum Mode {
     Crashes,
     /// Deploys, and balancers that drain until a successor takes their place.
     Handovers,
+    /// Deploys, health checks, ejections, limits and policies; apps that fall sick and get well.
+    Judged,
 }
 
 /// A socket as the door has it.
@@ -94,6 +97,7 @@ pub struct World {
     now: u64,
     version: u64,
     holding: bool,
+    holding_since: u64,
     /// Route a shows a page.
     parked: bool,
     apps: Vec<App>,
@@ -111,6 +115,7 @@ pub struct World {
     /// How much each stream carries: from the client, and back.
     pub stream_sizes: HashMap<u64, (usize, usize)>,
     pub prefaces: Prefaces,
+    pub judging: Judging,
     ledger: Ledger,
 }
 
@@ -143,6 +148,7 @@ impl World {
             ..Config::default()
         };
         let prefaces = Prefaces::new(&mut rng);
+        let judging = Judging::new(&mut rng, mode);
         let mut world = Self {
             rng,
             mode,
@@ -151,6 +157,7 @@ impl World {
             now: 1,
             version: 0,
             holding: false,
+            holding_since: 0,
             parked: false,
             apps,
             clients,
@@ -163,6 +170,7 @@ impl World {
             served: HashMap::new(),
             stream_sizes: HashMap::new(),
             prefaces,
+            judging,
             ledger: Ledger::default(),
             scarce_since: None,
             traced: std::env::var_os("SIMULATION_TRACE").is_some(),
@@ -205,14 +213,17 @@ impl World {
 
     fn check_answers(&self) {
         for client in &self.clients {
-            if self.mode != Mode::Crashes {
+            if self.mode == Mode::Judged {
+                assert!(client.is_done(), "unanswered: {:?}", client.waiting.front().map(|asked| asked.id));
+            } else if self.mode != Mode::Crashes {
                 assert!(client.is_done(), "unanswered: {:?}", client.waiting.front().map(|asked| asked.id));
                 for (id, status) in &client.answered {
                     assert!(matches!(status, 200 | 204 | 299 | 307 | 410), "request {id} got {status}");
                 }
             }
             for (id, status) in &client.answered {
-                let known = matches!(status, 200 | 204 | 299 | 307 | 410 | 502 | 503);
+                let judged = self.mode == Mode::Judged && matches!(status, 429 | 500);
+                let known = judged || matches!(status, 200 | 204 | 299 | 307 | 410 | 502 | 503);
                 assert!(known, "request {id} got {status}");
             }
         }
@@ -223,12 +234,15 @@ impl World {
 
     /// With the clients gone, only idle connections may be left, and those not for long.
     fn wind_down(mut self) {
+        self.judging.rest();
+        self.push_table();
         for _ in 0..200 {
             self.now += 100;
             self.all_act();
             self.batch();
         }
         assert_eq!(self.core.socket_count(), 0, "sockets are left open");
+        assert_eq!(self.core.source_counts().1, 0, "a source still has something");
         self.check_nothing_is_left();
         drop(std::mem::take(&mut self.ready));
         self.socks.clear();
@@ -272,30 +286,34 @@ impl World {
 
     fn push_table(&mut self) {
         self.version += 1;
-        let upstreams: Vec<String> = (0..APPS)
-            .map(|n| {
-                format!(r#"{{"id":"app{n}","address":"10.0.0.{n}:80","state":"{}"}}"#, self.apps[n].state)
-            })
-            .collect();
-        let proxy = format!(r#"{{"proxy":{{"upstreams":[{}]}}}}"#, upstreams.join(","));
-        let action = if self.holding { r#"{"hold":{}}"#.to_owned() } else { proxy.clone() };
+        self.judging.told(self.apps.iter().map(|app| app.state == "up"));
+        let upstream = |n: usize| {
+            let (state, weight) = (self.apps[n].state, self.judging.weight(n));
+            format!(r#"{{"id":"app{n}","address":"10.0.0.{n}:80","state":"{state}","weight":{weight}}}"#)
+        };
+        let upstreams = (0..APPS).map(upstream).collect::<Vec<_>>().join(",");
+        let proxy = format!(r#"{{"proxy":{{{}"upstreams":[{upstreams}]}}}}"#, self.judging.settings());
+        let streams =
+            format!(r#"{{"proxy":{{{}"upstreams":[{upstreams}]}}}}"#, self.judging.stream_settings());
+        let or_hold = |action: &str| if self.holding { r#"{"hold":{}}"# } else { action }.to_owned();
+        let (action, streams, limits) = (or_hold(&proxy), or_hold(&streams), self.judging.limits());
         let page = format!(r#"{{"static":{{"status":299,"body":"{PAGE}"}}}}"#);
         let first = if self.parked { &page } else { &action };
         let text = format!(
             r#"{{"version":{},"routes":[
-              {{"id":"a","match":{{"host":"a.example"}},"action":{first}}},
+              {{"id":"a","match":{{"host":"a.example"}},{limits}"action":{first}}},
               {{"id":"o","match":{{"host":"other.example"}},"action":{{"alias":{{"host":"a.example"}}}}}},
               {{"id":"p","match":{{"host":"page.example"}},"action":{page}}},
               {{"id":"m","match":{{"host":"moved.example"}},
                 "action":{{"redirect":{{"to":"https://new.example","status":307}}}}}},
               {{"id":"e","match":{{"host":"empty.example"}},"action":{{"empty":{{"status":410}}}}}},
-              {{"id":"b","match":{{"host":"b.example"}},"action":{proxy}}},
+              {{"id":"b","match":{{"host":"b.example"}},{limits}"action":{proxy}}},
               {{"id":"w","match":{{"host":"*.wild.example"}},"action":{proxy}}},
               {{"id":"t","match":{},"action":{}}}]}}"#,
             self.version,
             self.prefaces.stream_match(),
             // The same instances listen for streams at addresses of their own.
-            action
+            streams
                 .replace("10.0.0.", "10.0.1.")
                 .replace("\"id\":\"app", "\"id\":\"stream")
                 .replace("\"state\"", &format!("\"proxy_protocol\":{},\"state\"", self.prefaces.told))
@@ -313,7 +331,13 @@ impl World {
         let app = self.rng.below(APPS as u64) as usize;
         match self.rng.below(if self.mode == Mode::Crashes { 5 } else { 4 }) {
             0 if self.rng.one_in(2) => self.parked = !self.parked && self.rng.one_in(2),
-            0 => self.holding = !self.holding && self.rng.one_in(2),
+            0 => {
+                self.holding = !self.holding && self.rng.one_in(2);
+                self.holding_since = self.now;
+            }
+            1 if self.mode == Mode::Judged && self.rng.one_in(2) => {
+                self.judging.sick[app] = !self.judging.sick[app];
+            }
             1 => self.apps[app].state = "up",
             2 => self.apps[app].state = ["draining", "down"][self.rng.below(2) as usize],
             // A restart: nothing listens for a while. Without crashes, only of an app that has drained.
@@ -330,9 +354,12 @@ impl World {
                 }
             }
         }
+        // Nothing is held for so long that it ages out.
+        self.holding &= self.now < self.holding_since + 10_000;
         // Something comes back before long, or every request would only age out.
         if self.apps.iter().all(|app| app.state != "up" || !app.listening) {
             self.apps[app] = App { listening: true, state: "up" };
+            self.judging.sick[app] = false;
         }
         self.push_table();
     }
@@ -558,11 +585,12 @@ impl World {
         let Address::Tcp(address) = address else { panic!("an address of no app: {address}") };
         let IpAddr::V4(ip) = address.ip() else { panic!("an address of no app: {address}") };
         let app = usize::from(ip.octets()[3]);
-        assert!(!self.holding || self.apps[app].state == "up", "a connect to an app that is not up");
-        assert_eq!(self.apps[app].state, "up", "a connect to an app that is not up");
+        let state = self.apps[app].state;
+        let open = self.judging.fails_open() && state == "down";
+        assert!(state == "up" || open, "a connect to an app that is {state}");
         let window = 64 + self.rng.below(100_000) as usize;
         let far = match ip.octets()[2] {
-            0 => Far::App { app, conn: AppConn::default() },
+            0 => Far::App { app, conn: AppConn { ups: self.judging.ups(app), ..AppConn::default() } },
             _ => Far::StreamApp { app, end: StreamEnd::default() },
         };
         self.conns.push((Conn { window, ..Conn::default() }, far));
