@@ -27,7 +27,7 @@ use serde::Deserialize;
 use crate::core::listen::{Listen, Mode};
 use crate::listeners::Bind;
 use crate::table::actions::Pages;
-use crate::table::{Address, Defaults, Match, Route, Table, TableError};
+use crate::table::{Address, Defaults, ListenerLimits, Match, Route, Table, TableError};
 
 /// Largest file, in bytes: as much as the control socket takes.
 pub const BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -65,6 +65,9 @@ pub struct ListenerEntry {
     /// A PROXY protocol header is required of every client.
     #[serde(default)]
     pub proxy_protocol: bool,
+    /// Its own, in place of those that all listeners have.
+    #[serde(default)]
+    pub limits: Option<ListenerLimits>,
 }
 
 /// How a listener's connections find their route.
@@ -121,6 +124,8 @@ pub enum ListenerFault {
     Relative { name: String, address: Address },
     #[error("the listener {name:?} has the mode sni, which passes TLS through: `tls` has no meaning there")]
     TlsTwice { name: String },
+    #[error("the listener {name:?} has limits that make no sense: {what}")]
+    BadLimit { name: String, what: &'static str },
     #[error("the listener {name:?} is no HTTP listener: `trusted` has no meaning there")]
     NothingToTrust { name: String },
 }
@@ -211,6 +216,9 @@ impl ConfigFile {
             if !any_port && !addresses.insert(address.clone()) {
                 return Err(ListenerFault::SameAddress { name, address });
             }
+            if let Some(what) = listener.limits.and_then(|limits| limits.fault()) {
+                return Err(ListenerFault::BadLimit { name, what });
+            }
             match listener.mode {
                 ModeEntry::Tcp if listener.port() == 0 => return Err(ListenerFault::NoPort { name }),
                 ModeEntry::Sni if listener.tls => return Err(ListenerFault::TlsTwice { name }),
@@ -240,7 +248,8 @@ impl ListenerEntry {
             ModeEntry::Sni => Mode::Sni,
         };
         let Self { tls, trusted, proxy_protocol, .. } = *self;
-        Bind { listen: Listen { mode, tls, trusted, proxy_protocol }, address: self.address.clone() }
+        let listen = Listen { mode, tls, trusted, proxy_protocol };
+        Bind { listen, address: self.address.clone(), limits: self.limits }
     }
 }
 
@@ -291,6 +300,7 @@ mod tests {
             ("\"[::]:5432\"", "\"[::]:0\"", "needs a port"),
             ("mode = \"sni\"", "mode = \"sni\"\ntls = true", "passes TLS through"),
             ("mode = \"sni\"", "mode = \"sni\"\ntrusted = true", "is no HTTP listener"),
+            ("connections_max = 1000", "connections_max = 0", "limits that make no sense"),
             ("id = \"shop\"", "id = \"db\"", "two routes have the id \"db\""),
         ] {
             let error = with(known, other).unwrap_err();

@@ -20,12 +20,14 @@ use crate::control::protocol::{ListenerStatus, Problem};
 use crate::core::io::ListenerId;
 use crate::core::listen::{BadName, Listen, Mode};
 use crate::ring::inherit::Inherited;
-use crate::table::{Address, AddressError, Match, Table};
+use crate::table::{Address, AddressError, ListenerLimits, Match, Table};
 
 /// One listening socket.
 pub struct Listener {
     pub listen: Listen,
     pub socket: Arc<OwnedFd>,
+    /// Its own, where it does not go by those that all listeners have.
+    pub limits: Option<ListenerLimits>,
     origin: Origin,
 }
 
@@ -60,6 +62,8 @@ const ROUTE: &str = ".route";
 pub struct Bind {
     pub listen: Listen,
     pub address: Address,
+    /// Its own, where it does not go by those that all listeners have.
+    pub limits: Option<ListenerLimits>,
 }
 
 /// Why `NAME=ADDRESS` is none.
@@ -82,13 +86,13 @@ impl Bind {
             Address::Unix(path) if path.is_tenants() => {
                 Err(BadBind::Relative { path: path.as_str().to_owned() })
             }
-            address => Ok(Self { listen, address }),
+            address => Ok(Self { listen, address, limits: None }),
         }
     }
 
     /// Plain HTTP.
     pub fn http(address: SocketAddr) -> Self {
-        Self { listen: Listen::plain(Mode::Http), address: Address::Tcp(address) }
+        Self { listen: Listen::plain(Mode::Http), address: Address::Tcp(address), limits: None }
     }
 }
 
@@ -211,7 +215,7 @@ impl Listeners {
     }
 
     /// Binds a socket that stays, unless one that was handed over is just that.
-    pub fn bind(&mut self, Bind { listen, address }: Bind) -> Result<(), ListenError> {
+    pub fn bind(&mut self, Bind { listen, address, limits }: Bind) -> Result<(), ListenError> {
         let socket = match (self.take_kept(listen, &address), address) {
             (Some(socket), _) => socket,
             (None, Address::Tcp(address)) => {
@@ -223,7 +227,10 @@ impl Listeners {
                 socket
             }
         };
-        self.add(listen, socket, Origin::Fixed);
+        let id = self.add(listen, socket, Origin::Fixed);
+        if let Some(listener) = self.all.get_mut(&id) {
+            listener.limits = limits;
+        }
         Ok(())
     }
 
@@ -304,7 +311,7 @@ impl Listeners {
     fn add(&mut self, listen: Listen, socket: OwnedFd, origin: Origin) -> ListenerId {
         let id = ListenerId(self.next_id);
         self.next_id += 1;
-        self.all.insert(id, Listener { listen, socket: Arc::new(socket), origin });
+        self.all.insert(id, Listener { listen, socket: Arc::new(socket), limits: None, origin });
         id
     }
 }

@@ -23,6 +23,7 @@ pub mod address;
 pub mod choosing;
 pub mod health;
 pub mod limits;
+pub mod names;
 
 use std::collections::{HashMap, HashSet};
 
@@ -35,8 +36,8 @@ use self::choosing::{check_algorithm, default_weight, is_default, is_default_wei
 use self::health::check_health;
 pub use self::health::{Active, Check, Health, HttpCheck, Passive};
 pub use self::limits::{Limits, ListenerLimits, SourceLimits};
+pub use self::names::{normal_host, normal_pattern, normal_sni};
 use crate::core::http::answer::Answer;
-use crate::core::preface::client_hello::normal_name;
 
 /// Most routes one table may hold.
 pub const ROUTES_MAX: usize = 20_000;
@@ -372,64 +373,6 @@ fn check_id(id: &str) -> Result<(), TableError> {
     if fits { Ok(()) } else { Err(TableError::BadId { id: id.to_owned() }) }
 }
 
-/// The form in which hosts are compared: lower case, without a port and without a trailing dot. `None` when
-/// it is not a host at all (RFC 3986 §3.2.2 as far as HTTP uses it): empty, user information, blanks, a
-/// malformed port, an unclosed bracket.
-pub fn normal_host(host: &[u8]) -> Option<String> {
-    let (name, port) = match host.first()? {
-        b'[' => {
-            let end = host.iter().position(|b| *b == b']')?;
-            let inside = &host[1..end];
-            if inside.is_empty() || !inside.iter().all(|b| b.is_ascii_hexdigit() || matches!(b, b':' | b'.'))
-            {
-                return None;
-            }
-            (&host[..=end], &host[end + 1..])
-        }
-        _ => match host.iter().position(|b| *b == b':') {
-            Some(colon) => (&host[..colon], &host[colon..]),
-            None => (host, &host[host.len()..]),
-        },
-    };
-    match port {
-        [] => {}
-        [b':', digits @ ..] if digits.len() <= 5 && digits.iter().all(u8::is_ascii_digit) => {}
-        _ => return None,
-    }
-    let name = name.strip_suffix(b".").unwrap_or(name);
-    let bracketed = host.starts_with(b"[");
-    let allowed = |b: &u8| bracketed || b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~');
-    if name.is_empty() || name.len() > 255 || !name.iter().all(allowed) {
-        return None;
-    }
-    Some(name.iter().map(|b| b.to_ascii_lowercase() as char).collect())
-}
-
-/// The form in which a route's host is kept: a normal host, `*.` before one, or `*`. A request's Host never
-/// has a star, so that nobody can ask for a wildcard itself.
-pub fn normal_pattern(host: &str) -> Option<String> {
-    if host == "*" {
-        return Some(host.to_owned());
-    }
-    let (star, name) = host.strip_prefix("*.").map_or(("", host), |name| ("*.", name));
-    let name = normal_host(name.as_bytes())?;
-    if name.starts_with('.') || name.contains("..") {
-        return None;
-    }
-    Some(format!("{star}{name}"))
-}
-
-/// The form in which a route's server name is kept: a name as a ClientHello may have it, `*.` before one, or
-/// `*`.
-pub fn normal_sni(name: &str) -> Option<String> {
-    if name == "*" {
-        return Some(name.to_owned());
-    }
-    let (star, name) = name.strip_prefix("*.").map_or(("", name), |name| ("*.", name));
-    let name = normal_name(name.as_bytes())?;
-    Some(format!("{star}{name}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -484,28 +427,6 @@ mod tests {
             let mut table = example();
             table.routes[0].id = id.into();
             assert!(matches!(table.validate(), Err(TableError::BadId { .. })), "{id:?}");
-        }
-    }
-
-    #[test]
-    fn host_forms_are_folded_to_one() {
-        for (given, normal) in [
-            ("Shop.Example", Some("shop.example")),
-            ("shop.example:8080", Some("shop.example")),
-            ("shop.example.:80", Some("shop.example")),
-            ("shop.example:", Some("shop.example")),
-            ("[::1]:80", Some("[::1]")),
-            ("[::1]x", None),
-            ("shop.example:80x", None),
-            ("shop.example:123456", None),
-            ("u:p@shop.example", None),
-            ("shop example", None),
-            ("", None),
-            ("*.shop.example", None),
-            ("a[b", None),
-            (".", None),
-        ] {
-            assert_eq!(normal_host(given.as_bytes()).as_deref(), normal, "{given:?}");
         }
     }
 }

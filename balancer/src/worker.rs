@@ -21,7 +21,7 @@ use crate::core::listen::Listen;
 use crate::core::memory::Limits;
 use crate::door::Door;
 use crate::doors::{DoorError, Doors};
-use crate::table::Table;
+use crate::table::{ListenerLimits, Table};
 
 /// Most commands waiting for a thread. The control thread waits for each answer, so few ever do.
 const COMMANDS_MAX: usize = 256;
@@ -67,6 +67,7 @@ pub struct Opened {
     pub id: ListenerId,
     pub listen: Listen,
     pub local: Option<SocketAddr>,
+    pub limits: Option<ListenerLimits>,
     pub socket: Arc<OwnedFd>,
 }
 
@@ -260,9 +261,12 @@ fn obey(
             let _ = done.send(());
         }
         Command::AddListeners(listeners) => {
-            for Opened { id, listen, local, socket } in listeners {
+            for Opened { id, listen, local, limits, socket } in listeners {
                 door.add_listener(id, socket);
                 core.add_listener(id, listen, local);
+                if let Some(limits) = limits {
+                    core.limit_listener(id, limits);
+                }
             }
         }
         Command::YieldAccepting(done) => {

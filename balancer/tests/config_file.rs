@@ -86,7 +86,7 @@ fn a_check_says_where_a_mistake_is() {
     std::fs::write(&path, EXAMPLE.replace("least_connections", "lest_connections")).expect("written");
     let output = check(&path);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success() && said.contains("line 41, column 13"), "{said}");
+    assert!(!output.status.success() && said.contains("line 42, column 13"), "{said}");
     let output = check(&dir.path().join("nowhere.toml"));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("cannot read"), "{said}");

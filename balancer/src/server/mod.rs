@@ -93,7 +93,8 @@ pub struct Options {
     pub access_log: Option<LogOptions>,
     /// The table to start with where none is saved.
     pub table: Table,
-    /// A file to go by, for the table and for more listeners to bind: it is read again on SIGHUP, and goes before a table that is handed over.
+    /// A file to go by, for the table and for more listeners to bind: it is read again on SIGHUP, and goes
+    /// before a table that is handed over.
     pub config_file: Option<(PathBuf, ConfigFile)>,
     /// How long to go on for clients that are being served when told to stop.
     pub stop_timeout: Duration,

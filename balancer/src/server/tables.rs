@@ -63,6 +63,7 @@ impl Server {
                 id,
                 listen: listener.listen,
                 local: listener.local(),
+                limits: listener.limits,
                 socket: listener.socket.clone(),
             })
             .collect();
