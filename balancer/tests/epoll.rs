@@ -43,6 +43,8 @@ mod service;
 mod smuggling;
 #[path = "tcp.rs"]
 mod tcp;
+#[path = "tls.rs"]
+mod tls;
 #[path = "unix.rs"]
 mod unix;
 #[path = "wake.rs"]

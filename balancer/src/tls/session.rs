@@ -24,9 +24,10 @@ const RECORD_OVERHEAD_BYTES: usize = 512;
 /// Most a client may send before its handshake is done. A hello with a post-quantum key share has some two
 /// thousand bytes.
 const HANDSHAKE_BYTES_MAX: usize = 64 * 1024;
-/// An alert that no certificate is for the name asked for, as a record of its own: fatal,
-/// unrecognized_name (RFC 6066 §3).
-const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
+/// Alerts in which we differ from rustls.
+const PROTOCOL_VERSION: u8 = 70;
+/// RFC 6066 §3.
+const UNRECOGNIZED_NAME: u8 = 112;
 
 /// A connection and the beginning of a record of which the rest has not come.
 pub struct Session {
@@ -97,12 +98,20 @@ impl Session {
             Some(Ok(shown)) => self.shown = Some(Box::new(shown)),
             Some(Err(fault)) => {
                 self.is_over = true;
-                replies.extend_from_slice(&UNRECOGNIZED_NAME);
+                replies.extend_from_slice(&plain_alert(UNRECOGNIZED_NAME));
                 return Err(Fault(fault));
             }
         }
         if let Err(error) = driven {
-            self.add_alert(&mut scratch[used..], replies);
+            match error {
+                // What came before TLS 1.2 does not know this extension, which rustls looks for first.
+                Error::PeerIncompatible(PeerIncompatible::SignatureAlgorithmsExtensionRequired) => {
+                    self.is_over = true;
+                    replies.extend_from_slice(&plain_alert(PROTOCOL_VERSION));
+                    return Err(Fault(TlsFault::NoSharedVersion));
+                }
+                _ => self.add_alert(&mut scratch[used..], replies),
+            }
             return Err(Fault(classify(&error)));
         }
         self.kept = scratch[used..].to_vec();
@@ -226,6 +235,11 @@ impl Session {
             resumed: self.tls.handshake_kind() == Some(HandshakeKind::Resumed),
         })
     }
+}
+
+/// A fatal alert before anything is encrypted, as a record of its own.
+fn plain_alert(description: u8) -> [u8; 7] {
+    [21, 3, 3, 0, 2, 2, description]
 }
 
 /// Appends a message, which says itself how long it is.

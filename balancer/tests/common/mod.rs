@@ -13,6 +13,7 @@ pub mod hello;
 pub mod load;
 pub mod prometheus;
 pub mod recorder;
+pub mod tls;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
