@@ -57,6 +57,16 @@ pub struct JailSpec {
     /// The whole instance is killed this long after its start: builds and other jobs.
     #[serde(default)]
     pub deadline_ms: Option<u64>,
+    /// Of the app and of what is run in the instance.
+    #[serde(default = "umask_default")]
+    pub umask: u32,
+}
+
+/// What others may not do with what an app makes, unless it says otherwise.
+pub const UMASK_DEFAULT: u32 = 0o022;
+
+fn umask_default() -> u32 {
+    UMASK_DEFAULT
 }
 
 /// How much the processes of an instance may do inside their user namespace.

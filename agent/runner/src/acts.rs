@@ -47,6 +47,7 @@ impl Server {
             Plan::ExecKill { jail, exec } => self.exec_kill(jail, exec),
             Plan::Inspect { jail, pid } => self.inspect(&jail, pid),
             Plan::LogOpen(jail) => return self.log_open(to, &jail),
+            Plan::SocketOpen(jail) => return self.socket_open(to, &jail),
         };
         self.answer(to, reply);
     }
@@ -218,6 +219,17 @@ impl Server {
             Ok(folder) => self.answer_with(to, Ok(Reply::Log), Some(folder)),
             Err(error) => {
                 self.answer(to, Err(system(format!("open the log of jail {jail}: {}", chain(&error)))))
+            }
+        }
+    }
+
+    /// Neither the name nor what it leads to is the caller's to choose.
+    fn socket_open(&mut self, to: To, jail: &JailId) {
+        match self.app_sockets.connect(jail) {
+            Ok(socket) => self.answer_with(to, Ok(Reply::Socket), Some(socket)),
+            Err(error) => {
+                let message = format!("connect to the socket of jail {jail}: {}", chain(&error));
+                self.answer(to, Err(Refusal { code: RefusalCode::Conflict, message }));
             }
         }
     }

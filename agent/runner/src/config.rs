@@ -56,6 +56,9 @@ pub struct Config {
     pub unpack_binary: PathBuf,
     /// The only uid beside 0 that may speak to the runner; its group has the same number and may read logs.
     pub brain_uid: u32,
+    /// The balancer's group: apps may listen on unix sockets that it alone reaches. Without it they can't.
+    #[serde(default)]
+    pub balancer_gid: Option<u32>,
     /// Whether the image `host` exists: the host's own /usr, for `epagent dev`.
     #[serde(default)]
     pub host_image: bool,

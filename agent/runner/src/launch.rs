@@ -10,6 +10,7 @@ use epagent_wire::name::JailId;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
+use crate::app_sockets::AppSockets;
 use crate::config::Config;
 use crate::order::{Order, Program, Root, Source};
 use crate::work::{WorkError, app_name, instance_id, volume_name};
@@ -69,6 +70,7 @@ pub struct Ground<'a> {
     pub cgroups: &'a CgroupRoot,
     pub pool: &'a Pool,
     pub sockets: &'a Path,
+    pub app_sockets: &'a AppSockets,
 }
 
 /// Starts the monitor. `descriptors` are those that came with the request: the stream of an unpack job, or the secrets of
@@ -82,7 +84,7 @@ pub fn launch_order(
     order.mounts.retain(|mount| exists(&mount.source));
     let spec = order.spec(ground.config)?;
     let root = open_root(&order, ground.pool)?;
-    let mounts = order.mounts.iter().map(|mount| open_source(&mount.source, ground));
+    let mounts = order.mounts.iter().map(|mount| open_source(&mount.source, &order, ground));
     let mounts = mounts.collect::<Result<Vec<OwnedFd>, WorkError>>()?;
     let logs = ground.pool.log_dir_open(&instance_id(&order.jail.jail)?)?;
     let given = descriptors.first().map(|descriptor| descriptor.as_fd());
@@ -108,7 +110,7 @@ pub fn launch_order(
 fn exists(source: &Source) -> bool {
     match source {
         Source::Host(folder) => Path::new(folder.path()).is_dir(),
-        Source::Volume(..) | Source::Staging(_) | Source::CaBundle => true,
+        Source::Volume(..) | Source::Staging(_) | Source::CaBundle | Source::AppSocket => true,
     }
 }
 
@@ -120,7 +122,7 @@ fn open_root(order: &Order, pool: &Pool) -> Result<OwnedFd, WorkError> {
     })
 }
 
-fn open_source(source: &Source, ground: &Ground<'_>) -> Result<OwnedFd, WorkError> {
+fn open_source(source: &Source, order: &Order, ground: &Ground<'_>) -> Result<OwnedFd, WorkError> {
     let open_path = |path: &Path, flags| {
         open(path, OFlag::O_PATH | OFlag::O_CLOEXEC | flags, Mode::empty()).map_err(|error| WorkError::Call {
             operation: "open what is mounted from the host",
@@ -131,6 +133,7 @@ fn open_source(source: &Source, ground: &Ground<'_>) -> Result<OwnedFd, WorkErro
         Source::Volume(app, volume) => Ok(ground.pool.volume_open(&app_name(app)?, &volume_name(volume)?)?),
         Source::Staging(staging) => Ok(ground.pool.staging_open(staging)?),
         Source::Host(folder) => open_path(Path::new(folder.path()), OFlag::O_DIRECTORY),
+        Source::AppSocket => ground.app_sockets.make(&order.jail.jail, order.id_base),
         Source::CaBundle => {
             let bundle = ground.config.build.ca_bundle.as_deref().unwrap_or(Path::new("/dev/null"));
             open_path(bundle, OFlag::empty())

@@ -13,6 +13,7 @@
 //! | [`work`], [`worker`] | what is done on disk, and the forked children that do it |
 //! | [`server`], [`connections`], [`peers`], [`packet`] | the loop and its connections |
 //! | [`acts`], [`launch`], [`watch`], [`observe`] | carrying plans out, starting and following monitors, telling the world |
+//! | [`app_sockets`] | the folders in which apps listen on unix sockets |
 //! | [`recover`], [`skeleton`] | before the loop |
 //! | [`teardown`], [`probe`], [`hold`] | the other verbs |
 //! | [`sys`] | the door to what the compiler can't check |
@@ -27,6 +28,7 @@ use std::process::ExitCode;
 
 mod activation;
 mod acts;
+mod app_sockets;
 mod config;
 mod connections;
 mod disk;

@@ -8,8 +8,11 @@ use std::time::{Duration, Instant};
 
 use epagent_isolation::cgroup::CgroupRoot;
 use epagent_storage::{Pool as StoragePool, QuotaMode};
-use epagent_wire::runner::{Feature, Image, Jail, Pool, Refusal, RefusalCode, Release, Reply, Volume, World};
+use epagent_wire::runner::{
+    FEATURE_APP_SOCKETS, Feature, Image, Jail, Pool, Refusal, RefusalCode, Release, Reply, Volume, World,
+};
 
+use crate::app_sockets::AppSockets;
 use crate::jobs::HOST_IMAGE;
 use crate::peers::To;
 use crate::server::{Server, Task};
@@ -33,7 +36,7 @@ pub struct Figures {
 }
 
 impl Figures {
-    pub fn new(pool: &StoragePool, cgroups: &CgroupRoot) -> Figures {
+    pub fn new(pool: &StoragePool, cgroups: &CgroupRoot, sockets: &AppSockets) -> Figures {
         let facts = pool.facts();
         let features = vec![
             Feature {
@@ -45,6 +48,11 @@ impl Figures {
                 name: "cgroup v2 with controllers".to_owned(),
                 present: cgroups.layout() == "v2",
                 fallback: "limits by v1 controllers, everything else by v2".to_owned(),
+            },
+            Feature {
+                name: FEATURE_APP_SOCKETS.to_owned(),
+                present: sockets.is_possible(),
+                fallback: "apps listen on TCP".to_owned(),
             },
         ];
         Figures { survey: Survey::default(), seen: None, looking_since: None, waiting: Vec::new(), features }

@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 
 use epagent_isolation::id::{IdRange, JailPath};
 use epagent_isolation::spec::{
-    JailSpec, Limits, MountSource, MountSpec, NetSpec, Profile, Program as JailProgram, RootSpec, User,
+    JailSpec, Limits, MountSource, MountSpec, NetSpec, Profile, Program as JailProgram, RootSpec,
+    UMASK_DEFAULT, User,
 };
 use epagent_storage::{ImageId, StagingId};
 use epagent_wire::name::{AppName, VolumeName};
@@ -69,6 +70,8 @@ pub enum Source {
     Host(HostFolder),
     /// `[build] ca_bundle`.
     CaBundle,
+    /// The folder of its own in which the app listens; made where the jail is launched.
+    AppSocket,
 }
 
 /// The only folders of the host that are ever seen in a jail.
@@ -133,7 +136,7 @@ impl Order {
                     recursive: false,
                 },
                 read_only: mount.read_only,
-                no_exec: false,
+                no_exec: mount.source == Source::AppSocket,
             })
         });
         let cwd = match (&self.root, &self.program) {
@@ -162,9 +165,19 @@ impl Order {
             limits: self.limits.clone(),
             network: self.jail.slot.map(|slot| NetSpec::nth(config.node, slot, v4, v6)),
             deadline_ms: self.deadline_ms,
+            umask: self.umask(),
         };
         spec.check().map_err(|error| WorkError::Isolation(error.into()))?;
         Ok(spec)
+    }
+}
+
+impl Order {
+    /// Who may connect to a socket is who may write to it (unix(7)), and bind(2) applies the umask: an app that listens
+    /// for the balancer must not take that from it. Its folder keeps everybody else out.
+    fn umask(&self) -> u32 {
+        let listens = self.mounts.iter().any(|mount| mount.source == Source::AppSocket);
+        if listens { 0 } else { UMASK_DEFAULT }
     }
 }
 

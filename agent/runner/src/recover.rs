@@ -20,6 +20,7 @@ use epagent_storage::{Allocation, LiveSet, Location, Pool, PoolConfig};
 use epagent_wire::name::{AppName, JailId, ReleaseNumber};
 use epagent_wire::runner::Exit;
 
+use crate::app_sockets::AppSockets;
 use crate::config::{self, Config};
 use crate::disk::{Disk, Records};
 use crate::launch::{Binaries, Sockets};
@@ -45,6 +46,7 @@ pub fn pool_config(config: &Config) -> PoolConfig {
 pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
     let binaries = Binaries::open(&config)?;
     let sockets = Sockets::open(&config.jail_sockets())?;
+    let app_sockets = AppSockets::open(&config)?;
     // Waits for a predecessor's last child, which may be writing records still.
     let pool = Pool::open_or_create(&pool_config(&config))?;
     let disk = Disk::open(&config.state_dir)?;
@@ -71,14 +73,23 @@ pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
     }
     let found = sweep::survey(&cgroups)?;
     let reader_gid = config.brain_uid;
-    let site = Site { pool: &pool, disk: &disk, cgroups: &cgroups, sockets: sockets.path(), reader_gid };
+    let site = Site {
+        pool: &pool,
+        disk: &disk,
+        cgroups: &cgroups,
+        sockets: sockets.path(),
+        app_sockets: app_sockets.path(),
+        reader_gid,
+    };
     let tables = tables(records, &found, &boot, &site)?;
     for found in found.iter().filter(|found| !is_claimed(&tables, found)) {
         sweep::remove(&cgroups, &found.id)?;
     }
+    let is_known = |name: &str| tables.jails.keys().any(|jail| jail.as_str() == name);
+    app_sockets.sweep(is_known)?;
     let slots: Vec<u32> = tables.jails.values().filter_map(|jail| jail.record.slot).collect();
     net_links(config.node, &slots)?;
-    Ok(Parts { config, tables, disk, pool, cgroups, binaries, sockets, boot, listener })
+    Ok(Parts { config, tables, disk, pool, cgroups, binaries, sockets, app_sockets, boot, listener })
 }
 
 fn net_links(node: u16, keep: &[u32]) -> Result<(), WorkError> {

@@ -21,6 +21,7 @@ use epagent_wire::runner::{Refusal, RefusalCode, Request};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
+use crate::app_sockets::AppSockets;
 use crate::config::Config;
 use crate::disk::Disk;
 use crate::launch::{Binaries, Ground, Sockets};
@@ -100,6 +101,7 @@ impl Task {
                 | Request::ExecKill { .. }
                 | Request::Inspect { .. }
                 | Request::LogOpen { .. }
+                | Request::SocketOpen { .. }
         )
     }
 }
@@ -144,6 +146,7 @@ pub struct Server {
     pub cgroups: CgroupRoot,
     pub binaries: Binaries,
     pub sockets: Sockets,
+    pub app_sockets: AppSockets,
     pub boot: String,
     pub peers: Peers,
     pub monitors: BTreeMap<JailId, Monitor>,
@@ -179,6 +182,7 @@ pub struct Parts {
     pub cgroups: CgroupRoot,
     pub binaries: Binaries,
     pub sockets: Sockets,
+    pub app_sockets: AppSockets,
     pub boot: String,
     pub listener: OwnedFd,
 }
@@ -186,10 +190,11 @@ pub struct Parts {
 impl Server {
     pub fn new(parts: Parts) -> nix::Result<Server> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let Parts { config, tables, disk, pool, cgroups, binaries, sockets, boot, listener } = parts;
+        let Parts { config, tables, disk, pool, cgroups, binaries, sockets, app_sockets, boot, listener } =
+            parts;
         epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, Token::Listener.number()))?;
         Ok(Server {
-            figures: Figures::new(&pool, &cgroups),
+            figures: Figures::new(&pool, &cgroups, &app_sockets),
             config,
             tables,
             disk,
@@ -197,6 +202,7 @@ impl Server {
             cgroups,
             binaries,
             sockets,
+            app_sockets,
             boot,
             listener,
             peers: Peers::default(),
@@ -292,6 +298,7 @@ impl Server {
             disk: &self.disk,
             cgroups: &self.cgroups,
             sockets: self.sockets.path(),
+            app_sockets: self.app_sockets.path(),
             reader_gid: self.config.brain_uid,
         }
     }
@@ -303,6 +310,7 @@ impl Server {
             cgroups: &self.cgroups,
             pool: &self.pool,
             sockets: self.sockets.path(),
+            app_sockets: &self.app_sockets,
         }
     }
 

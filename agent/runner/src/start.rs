@@ -5,6 +5,7 @@ use epagent_wire::name::AppName;
 use epagent_wire::runner::{Command, Start};
 use epagent_wire::spec::Limits;
 
+use crate::app_sockets::IN_JAIL;
 use crate::jobs::HOST_IMAGE;
 use crate::order::{Mount, Order, Program, Root, Source, default_env, host_mounts};
 use crate::tables::{JailRecord, ReleaseRecord};
@@ -22,6 +23,9 @@ pub fn order(
     env.extend(start.env.clone());
     let mut mounts = if release.image.name.as_str() == HOST_IMAGE { host_mounts() } else { Vec::new() };
     mounts.extend(start.volumes.iter().map(|(volume, path)| volume_mount(&start.app, volume, path)));
+    if start.socket {
+        mounts.push(Mount::writable(IN_JAIL, Source::AppSocket));
+    }
     Order {
         jail,
         id_base,

@@ -54,6 +54,26 @@ pub fn inherited_fd(number: RawFd) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// Has the kernel refuse every descriptor that the socket's peer sends along with bytes: closing one of them may take as
+/// long as its sender has set. SO_PASSRIGHTS, Linux 6.16; ENOPROTOOPT before.
+pub fn refuse_rights(socket: &impl std::os::fd::AsRawFd) -> nix::Result<()> {
+    /// From include/uapi/asm-generic/socket.h; no crate here knows it yet.
+    const SO_PASSRIGHTS: nix::libc::c_int = 83;
+    let off: nix::libc::c_int = 0;
+    let length = size_of_val(&off) as nix::libc::socklen_t;
+    // SAFETY: the value is an int, as the option wants it, and outlives the call, which takes a copy.
+    let done = unsafe {
+        nix::libc::setsockopt(
+            socket.as_raw_fd(),
+            nix::libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const off).cast(),
+            length,
+        )
+    };
+    nix::errno::Errno::result(done).map(drop)
+}
+
 /// Takes the ownership of a descriptor that a system call has just returned as a number.
 pub fn own(fresh: RawFd) -> OwnedFd {
     // SAFETY: callers pass what accept4 returned a moment ago; nothing else knows the number.

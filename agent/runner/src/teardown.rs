@@ -13,6 +13,7 @@ use epagent_isolation::{net, sweep};
 use epagent_storage::Pool;
 use nix::libc::SIGTERM;
 
+use crate::app_sockets::AppSockets;
 use crate::config::{self, Config};
 use crate::disk::Disk;
 use crate::launch::Sockets;
@@ -40,6 +41,7 @@ pub fn teardown(config: &Config, grace_ms: u64) -> Result<(), String> {
     step("remove the route of the block", unguard(config));
     step("put forwarding back", net::disable_forwarding(config.node).map_err(|error| error.chain()));
     step("close the pool", close_pool(config));
+    step("remove the folders of the apps' sockets", remove_app_sockets(config));
     step("forget jails", forget_jails(config));
     if faults.is_empty() {
         Ok(())
@@ -93,6 +95,11 @@ fn close_pool(config: &Config) -> Result<(), String> {
         .and_then(|roots| roots.into_iter().try_for_each(|root| pool.instance_root_remove(&root.instance)));
     let closed = pool.close();
     removed.and(closed).map_err(|error| chain(&error))
+}
+
+fn remove_app_sockets(config: &Config) -> Result<(), String> {
+    let sockets = AppSockets::open(config).map_err(|error| chain(&error))?;
+    sockets.sweep(|_| false).map_err(|error| chain(&error))
 }
 
 /// The records of jails and the sockets of their monitors.

@@ -18,6 +18,7 @@ use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Gid, fchown};
 use serde::{Deserialize, Serialize};
 
+use crate::app_sockets;
 use crate::disk::{Disk, DiskError};
 use crate::tables::{AppRecord, JailRecord, ReleaseRecord};
 
@@ -174,6 +175,8 @@ pub struct Site<'a> {
     pub cgroups: &'a CgroupRoot,
     /// The folder of the monitors' control sockets.
     pub sockets: &'a Path,
+    /// The folder of the folders in which apps listen.
+    pub app_sockets: &'a Path,
     /// The agent's group, which may read logs.
     pub reader_gid: u32,
 }
@@ -353,6 +356,7 @@ fn discard(what: &Discard, site: &Site<'_>) -> Result<(), WorkError> {
         }
         _ => {}
     }
+    app_sockets::remove(site.app_sockets, &what.jail)?;
     if let Some(staging) = &what.image_staging {
         site.pool.staging_abort(staging)?;
     }

@@ -154,7 +154,18 @@ pub enum Request {
     LogRemove {
         jail: JailId,
     },
+    /// Replies [`Reply::Socket`] with a connection to the socket that the app of a running jail listens on.
+    SocketOpen {
+        jail: JailId,
+    },
 }
+
+/// The name of the feature without which no app listens on a unix socket.
+pub const FEATURE_APP_SOCKETS: &str = "unix sockets of apps (Linux 6.16)";
+/// What the socket is called in the folder that the app and the balancer share.
+pub const SOCKET_NAME: &str = "app.sock";
+/// Where the app finds it.
+pub const SOCKET_IN_JAIL: &str = "/run/app/app.sock";
 
 /// What a new jail on a release is like.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,6 +179,9 @@ pub struct Start {
     pub limits: Limits,
     pub volumes: BTreeMap<VolumeName, String>,
     pub with_secrets: bool,
+    /// The app listens on a unix socket, in a folder that it shares with the balancer alone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub socket: bool,
     /// A job that is killed past this; none for an instance.
     pub deadline_ms: Option<u64>,
 }
@@ -224,6 +238,8 @@ pub enum Reply {
     Inspect(Inspection),
     /// One descriptor comes with it.
     Log,
+    /// One descriptor comes with it.
+    Socket,
     Done,
 }
 

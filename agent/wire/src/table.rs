@@ -9,6 +9,9 @@ pub use status::*;
 
 use serde::{Deserialize, Serialize};
 
+/// Begins the address of an upstream that listens on a unix socket; what follows is its path below the folder that the
+/// balancer was given for tenants.
+pub const SOCKET_PREFIX: &str = "unix:";
 /// The longest line either side sends.
 pub const LINE_BYTES_MAX: usize = 4 << 20;
 

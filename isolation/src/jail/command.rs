@@ -55,6 +55,7 @@ pub(super) struct Command<'a> {
 pub(super) struct Lockdown<'a> {
     pub profile: Profile,
     pub limits: &'a Limits,
+    pub umask: u32,
     pub filters: &'a Filters,
 }
 
@@ -188,7 +189,7 @@ fn become_program(
     enter(command.cwd)
         .map_err(|error| setup("enter working directory", format!("{}: {error}", command.cwd)))?;
     rustix::thread::set_no_new_privs(true).map_err(at("set no_new_privs"))?;
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(lockdown.umask & 0o777));
     process::close_on_exec_from(3).map_err(at("mark descriptors close-on-exec"))?;
     let image = Image::prepare(command).map_err(at("prepare arguments"))?;
     lockdown.filters.install().map_err(at("install seccomp filters"))?;

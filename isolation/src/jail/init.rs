@@ -140,7 +140,7 @@ fn start(token: &SingleThreaded, side: InitSide) -> Result<Init, StartError> {
 }
 
 fn lockdown<'a>(spec: &'a JailSpec, filters: &'a Filters) -> Lockdown<'a> {
-    Lockdown { profile: spec.profile, limits: &spec.limits, filters }
+    Lockdown { profile: spec.profile, limits: &spec.limits, umask: spec.umask, filters }
 }
 
 /// The descriptors carry the monitor's right to do so, which init itself does not have.

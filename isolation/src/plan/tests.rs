@@ -22,6 +22,7 @@ fn spec() -> JailSpec {
         limits: Limits::default(),
         network: Some(NetSpec::nth(7, 3, "10.89.0.0".parse().unwrap(), "fd77::".parse().ok())),
         deadline_ms: None,
+        umask: crate::spec::UMASK_DEFAULT,
     }
 }
 

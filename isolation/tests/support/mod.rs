@@ -106,6 +106,7 @@ impl Node {
             limits: Limits::default(),
             network: None,
             deadline_ms: None,
+            umask: epagent_isolation::spec::UMASK_DEFAULT,
         }
     }
 

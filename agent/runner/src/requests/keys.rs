@@ -108,7 +108,8 @@ pub fn keys(request: &Request, tables: &Tables) -> Keys {
         | Request::ExecResize { jail, .. }
         | Request::ExecKill { jail, .. }
         | Request::Inspect { jail }
-        | Request::LogOpen { jail } => vec![(Key::Jail(jail.clone()), Shared)],
+        | Request::LogOpen { jail }
+        | Request::SocketOpen { jail } => vec![(Key::Jail(jail.clone()), Shared)],
     }
 }
 

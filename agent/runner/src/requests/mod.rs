@@ -68,6 +68,7 @@ pub enum Plan {
         pid: i32,
     },
     LogOpen(JailId),
+    SocketOpen(JailId),
 }
 
 type Checked<T = Plan> = Result<T, Refusal>;
@@ -143,6 +144,10 @@ pub fn check(request: &Request, descriptors: &[Kind], view: View<'_>) -> Checked
         Request::Inspect { jail } => {
             let pid = view.running(jail)?;
             Ok(Plan::Inspect { jail: jail.clone(), pid })
+        }
+        Request::SocketOpen { jail } => {
+            view.running(jail)?;
+            Ok(Plan::SocketOpen(jail.clone()))
         }
         Request::LogOpen { jail } => match view.tables.logs.contains(jail) {
             true => Ok(Plan::LogOpen(jail.clone())),

@@ -113,6 +113,7 @@ fn start(app: &str, release: u32) -> Start {
         limits: Limits::default(),
         volumes: BTreeMap::new(),
         with_secrets: false,
+        socket: false,
         deadline_ms: None,
     }
 }

@@ -473,6 +473,7 @@ pub fn start(app: &str, command: &str) -> Start {
         limits: Limits::default(),
         volumes: BTreeMap::new(),
         with_secrets: false,
+        socket: false,
         deadline_ms: None,
     }
 }
