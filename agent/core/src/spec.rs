@@ -35,6 +35,8 @@ pub struct ProcessSpec {
     /// It may be stopped while nobody asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sleep: Option<SleepSpec>,
+    #[serde(default)]
+    pub listen: Listen,
     pub deploy: Strategy,
     pub stop: StopSpec,
     pub health: HealthSpec,
@@ -45,6 +47,17 @@ pub struct ProcessSpec {
 pub const INSTANCES_MAX: u32 = 64;
 /// The port an app is told to listen on. Each instance has an address of its own, so one number serves all.
 pub const APP_PORT: u16 = 8000;
+
+/// Where a process takes requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Listen {
+    /// At `$PORT`, on the instance's own address.
+    #[default]
+    Tcp,
+    /// At the unix socket `$SOCKET`, in a folder that the app shares with the balancer alone.
+    Unix,
+}
 
 /// When a process that nobody asks for is stopped; a request that comes then waits until it is started again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

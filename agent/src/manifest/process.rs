@@ -1,7 +1,7 @@
 //! `[process.NAME]`: the command, how many, how it is stopped, checked and limited.
 
 use epagent_core::spec::{
-    Check, HealthSpec, INSTANCES_MAX, Limits, ProcessSpec, SleepSpec, StopSpec, Strategy,
+    Check, HealthSpec, INSTANCES_MAX, Limits, Listen, ProcessSpec, SleepSpec, StopSpec, Strategy,
 };
 
 use super::ManifestError;
@@ -38,13 +38,14 @@ pub(super) fn process(
     is_routed: bool,
     default_strategy: Strategy,
 ) -> Result<ProcessSpec, ManifestError> {
-    table.only(&["command", "instances", "deploy", "stop", "health", "limits"])?;
+    table.only(&["command", "instances", "listen", "deploy", "stop", "health", "limits"])?;
     let (instances, sleep) =
         table.get("instances").map_or(Ok((1, None)), |item| instances(&item, is_routed))?;
     Ok(ProcessSpec {
         command: command(&table.require("command", "command = \"…\"")?)?,
         instances,
         sleep,
+        listen: table.get("listen").map_or(Ok(Listen::Tcp), |item| listen(&item, is_routed))?,
         deploy: table.get("deploy").map_or(Ok(default_strategy), |item| strategy(&item))?,
         stop: table.get("stop").map_or(Ok(StopSpec::default()), |item| stop(&item.table()?))?,
         health: health(table.get("health").map(|item| item.table()).transpose()?.as_ref(), is_routed)?,
@@ -72,6 +73,19 @@ fn instances(item: &Item<'_>, is_routed: bool) -> Result<(u32, Option<SleepSpec>
         sleep.idle_after_ms = item.duration_ms(IDLE_MS_MIN..=IDLE_MS_MAX)?;
     }
     Ok((max, Some(sleep)))
+}
+
+fn listen(item: &Item<'_>, is_routed: bool) -> Result<Listen, ManifestError> {
+    match item.string()? {
+        "tcp" => Ok(Listen::Tcp),
+        "unix" if is_routed => Ok(Listen::Unix),
+        "unix" => {
+            let error =
+                item.error("no route leads to this process, so that nobody would connect to its socket");
+            Err(error.with_help("add a `[[route]]` to it, or leave `listen` out"))
+        }
+        other => Err(one_of(item, other, &["tcp", "unix"])),
+    }
 }
 
 fn strategy(item: &Item<'_>) -> Result<Strategy, ManifestError> {

@@ -125,6 +125,7 @@ fn process_spec(command: &str, is_web: bool) -> ProcessSpec {
         command: command.to_owned(),
         instances: 1,
         sleep: None,
+        listen: Default::default(),
         deploy: Strategy::Overlap,
         stop: StopSpec::default(),
         health: HealthSpec::new(if is_web { Check::Tcp } else { Check::Running }),

@@ -30,6 +30,7 @@ fn spec(strategy: Strategy, instances: u32) -> Arc<AppSpec> {
         command: "serve".to_owned(),
         instances,
         sleep: None,
+        listen: Default::default(),
         deploy: strategy,
         stop: StopSpec::default(),
         health: HealthSpec { deadline_ms: 5_000, ..HealthSpec::new(Check::Tcp) },

@@ -18,7 +18,7 @@ mod tidy;
 
 pub use build::Progress;
 pub use look::state;
-pub use start::{environment, missing_secrets, start as start_jail};
+pub use start::{Job, environment, missing_secrets, start as start_jail};
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 
 use epagent_core::health::{Health, Tracker};
 use epagent_core::name::{AppName, JailId};
-use epagent_core::spec::{APP_PORT, Check, HealthSpec};
+use epagent_core::spec::{Check, HealthSpec};
 use epagent_wire::runner::{Event, Reply, Request};
+use epagent_wire::table::SOCKET_PREFIX;
 use http_body_util::Empty;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{broadcast, mpsc};
 use tokio::task::AbortHandle;
 
@@ -49,9 +51,15 @@ struct Probe {
     task: AbortHandle,
 }
 
+/// A stream to an app, TCP or unix.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+type Connection = Box<dyn Stream>;
+
 /// One instance to be checked.
 pub struct Subject {
     pub id: JailId,
+    /// As the balancer's table says it: `100.96.0.1:8000`, `unix:JAIL/app.sock`.
     pub address: String,
     /// The name a request of a user would have; apps refuse names they don't know.
     pub host: String,
@@ -126,11 +134,33 @@ impl Checks {
                 tokio::time::sleep(RUNNING_PROVES_AFTER).await;
                 return Ok(());
             }
-            Check::Tcp => tokio::time::timeout(timeout, connect(&subject.address)).await.map(|r| r.map(drop)),
-            Check::Http(path) => tokio::time::timeout(timeout, get(subject, path)).await,
+            Check::Tcp => tokio::time::timeout(timeout, self.connect(subject)).await.map(|r| r.map(drop)),
+            Check::Http(path) => {
+                let asked = async { get(self.connect(subject).await?, subject, path).await };
+                tokio::time::timeout(timeout, asked).await
+            }
             Check::Exec(command) => return self.exec(&subject.id, command, timeout).await,
         };
         result.unwrap_or_else(|_| Err(format!("no answer in {} ms", timeout.as_millis())))
+    }
+
+    /// A connection to where the app takes requests. To a unix socket it is the runner who connects: what lies in that
+    /// folder is the tenant's, and this process has no business there.
+    async fn connect(&self, subject: &Subject) -> Result<Connection, String> {
+        let address = &subject.address;
+        if !address.starts_with(SOCKET_PREFIX) {
+            let stream = TcpStream::connect(address).await;
+            let stream = stream.map_err(|error| format!("connecting to {address}: {error}"))?;
+            return Ok(Box::new(stream));
+        }
+        let answer =
+            self.runner.call_with(Request::SocketOpen { jail: subject.id.clone() }, Vec::new()).await;
+        let answer = answer.map_err(|error| error.to_string())?;
+        let (Reply::Socket, Some(socket)) = (answer.reply, answer.fds.into_iter().next()) else {
+            return Err("the runner gave no connection".to_owned());
+        };
+        let stream = UnixStream::from_std(socket.into()).map_err(|error| error.to_string())?;
+        Ok(Box::new(stream))
     }
 
     /// Runs the command in the instance and waits for its end; one that takes too long is ended.
@@ -196,14 +226,8 @@ impl Drop for Running {
     }
 }
 
-async fn connect(address: &str) -> Result<TcpStream, String> {
-    let stream = TcpStream::connect((address, APP_PORT)).await;
-    stream.map_err(|error| format!("connecting to {address}:{APP_PORT}: {error}"))
-}
-
 /// `GET path`; any answer of 200 to 399 will do. The body is not read.
-async fn get(subject: &Subject, path: &str) -> Result<(), String> {
-    let stream = connect(&subject.address).await?;
+async fn get(stream: Connection, subject: &Subject, path: &str) -> Result<(), String> {
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
     let (mut sender, connection) = handshake.map_err(|error| error.to_string())?;
     let driver = tokio::spawn(connection);

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use epagent_core::app::{Instance, InstanceState, View};
 use epagent_core::health::Health;
 use epagent_core::name::{AppName, JailId, ProcessName};
-use epagent_core::spec::{APP_PORT, ProcessSpec, RouteMatch};
+use epagent_core::spec::{ProcessSpec, RouteMatch};
 use epagent_wire::table::{Action, Hold, Match, Route, Upstream, UpstreamState};
 
 /// Requests of one route that may wait.
@@ -79,8 +79,8 @@ fn upstreams(view: &View, process: &ProcessName, addresses: &HashMap<JailId, Str
                 },
                 _ => return None,
             };
-            let address = addresses.get(&instance.id)?;
-            Some(Upstream { id: instance.id.to_string(), address: format!("{address}:{APP_PORT}"), state })
+            let address = addresses.get(&instance.id)?.clone();
+            Some(Upstream { id: instance.id.to_string(), address, state })
         })
         .collect();
     // All unhealthy: a failing check is then more likely wrong than every instance is, so they get requests again.
@@ -152,8 +152,11 @@ mod tests {
     }
 
     fn states(view: &View) -> Vec<UpstreamState> {
-        let addresses =
-            view.instances.iter().map(|instance| (instance.id.clone(), "100.96.0.1".to_owned())).collect();
+        let addresses = view
+            .instances
+            .iter()
+            .map(|instance| (instance.id.clone(), "100.96.0.1:8000".to_owned()))
+            .collect();
         let routes = routes(&"shop".parse().unwrap(), view, &addresses);
         routes[0].upstreams().iter().map(|upstream| upstream.state).collect()
     }

@@ -1,5 +1,7 @@
 //! What a process says about requests: how many answer, and whether it sleeps without any.
 
+use epagent_core::spec::Listen;
+
 use super::*;
 
 fn routed(more: &str) -> String {
@@ -30,4 +32,19 @@ fn a_sleep_that_makes_no_sense_is_refused() {
     check(&routed("instances = { min = 0, idle = \"5m\" }"), (5, 24), "unknown key `idle`", "");
     let unrouted = "app = \"a\"\nimage = \"i\"\n[process.web]\ncommand = \"true\"\ninstances = { min = 0 }";
     check(unrouted, (5, 13), "nothing would ever wake it", "[[route]]");
+}
+
+#[test]
+fn a_process_says_where_it_listens() {
+    let listen = |text: &str| {
+        let spec = parse(&routed(text)).unwrap_or_else(|error| panic!("{error}"));
+        spec.processes[&"web".parse().unwrap()].listen
+    };
+    assert_eq!(
+        [listen(""), listen("listen = \"tcp\""), listen("listen = \"unix\"")].map(|l| l == Listen::Unix),
+        [false, false, true]
+    );
+    check(&routed("listen = \"unx\""), (5, 10), "`process.web.listen` can't be `unx`", "`unix`");
+    let unrouted = "app = \"a\"\nimage = \"i\"\n[process.web]\ncommand = \"true\"\nlisten = \"unix\"";
+    check(unrouted, (5, 10), "nobody would connect", "[[route]]");
 }

@@ -56,6 +56,7 @@ pub fn spec(name: &str) -> AppSpec {
         command: "true".to_owned(),
         instances: 1,
         sleep: None,
+        listen: Default::default(),
         deploy: Strategy::Overlap,
         stop: StopSpec::default(),
         health: HealthSpec::new(Check::Tcp),

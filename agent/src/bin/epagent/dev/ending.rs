@@ -22,7 +22,7 @@ use super::part::{self, Part};
 use super::spawn::spawn;
 use super::supervise::{Node, Slot, State, reap, timeout};
 use super::sys::Child;
-use super::{leftovers, node, say};
+use super::{leftovers, node, say, view};
 
 /// How long a part may take to end by itself. The balancer finishes requests in flight for up to 5 s.
 const GRACE: Duration = Duration::from_secs(10);
@@ -40,6 +40,8 @@ pub fn end(node: Node<'_>, signals: &SignalFd, mut slots: Vec<Slot>) -> Result<(
     ending.stop(&mut slots, Part::Runner);
     ending.teardown(node, &slots);
     ending.stop(&mut slots, Part::Lease);
+    // Empty by now: the teardown has unmounted what was below it.
+    view::unshare_apps(node.layout.root());
     let left = leftovers::find(node.layout, node.node);
     if !left.is_empty() {
         return Err(DevError::LeftBehind { what: left });

@@ -3,7 +3,8 @@
 //! ```text
 //! DIR/                      0711 root
 //!   admin.sock read.sock    the API
-//!   run/                    0755 root; runner.sock balancer.sock lease.sock, jail/ 0700 (one socket per monitor)
+//!   run/                    0755 root; runner.sock balancer.sock lease.sock, jail/ 0700 (one socket per monitor),
+//!                           apps/ 0710 root:balancer (the folders in which apps listen, each a mount)
 //!   etc/                    runner.toml epagentd.toml, written at each start
 //!   brain/ balancer/ lease/ 0700, each of its own user
 //!   runner/                 0700 root
@@ -26,6 +27,9 @@ use super::node::Node;
 
 /// Where the unprivileged processes see the state folder. The folder exists on every Debian and is empty there.
 pub const VIEW: &str = "/mnt";
+
+/// Below the state folder: the folders in which apps listen on unix sockets.
+pub const APPS: &str = "run/apps";
 
 /// The longest state folder path: a unix socket's path has at most 107 bytes (unix(7)), and the longest of ours is
 /// `DIR/run/jail/ID` with an id of 48 bytes and room for an ending.

@@ -83,6 +83,8 @@ pub fn run(args: &DevArgs) -> Result<(), Failure> {
     let claim = node::claim(&layout)?;
     let users = Users::of(claim.node);
     layout.make_folders(users)?;
+    view::share_apps(layout.root())
+        .map_err(|error| DevError::Folder { path: layout.path(layout::APPS), source: error.source })?;
     let sockets = Sockets::make(&layout, users, args.http)?;
     let env = host::build_env(|name| std::env::var(name).ok());
     for name in &env.left_out {
@@ -117,6 +119,7 @@ fn write_configuration(
     let files = config::files(&config::Inputs {
         node,
         brain_uid: users.brain,
+        balancer_gid: users.balancer,
         admin_gid: 0,
         binaries,
         runner: Folders { state: layout.path("runner"), run: layout.path("run") },

@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-use super::layout::{Layout, Users, VIEW};
+use super::layout::{APPS, Layout, Users, VIEW};
 use super::sockets::Sockets;
 
 /// The processes that are kept alive.
@@ -46,7 +46,10 @@ impl Part {
         match self {
             Part::Runner => vec!["run".into(), "--config".into(), text(layout.path("etc/runner.toml"))],
             Part::Balancer => {
-                vec!["--state".into(), view("balancer"), "--control-uid".into(), users.brain.to_string()]
+                let control_uid = users.brain.to_string();
+                let words =
+                    ["--state", &view("balancer"), "--unix-root", &view(APPS), "--control-uid", &control_uid];
+                words.map(str::to_owned).to_vec()
             }
             Part::Lease => vec!["--state".into(), view("lease")],
             Part::Agent => vec!["--config".into(), view("etc/epagentd.toml")],

@@ -4,6 +4,12 @@
 //! From the copy of the host's mounts everything is taken out that a daemon has no use for. That is more than
 //! tidiness: a copied mount of some pool, ours or another agent's, would keep its loop device busy for as long as
 //! this process lives.
+//!
+//! One folder is shown as it changes: the runner mounts the folders of the apps' sockets below `run/apps` while the parts
+//! run. So that folder is a mount of its own, which the host shares and the view follows ([mount_namespaces(7)]: the
+//! view's copy is a slave).
+//!
+//! [mount_namespaces(7)]: https://man7.org/linux/man-pages/man7/mount_namespaces.7.html
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,7 +21,7 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
-use super::layout::VIEW;
+use super::layout::{APPS, VIEW};
 use super::sys::StepError;
 
 /// Mounts that stay, with what lies below them: where programs, libraries and their configuration may lie.
@@ -23,9 +29,39 @@ const KEPT: [&str; 9] = ["/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/pr
 /// Mounts below the kept ones that go all the same.
 const DROPPED: [&str; 2] = ["/sys/fs", "/sys/kernel"];
 
+/// Makes the folder of the apps' sockets a mount that is shared, unless a predecessor that was killed has left it so.
+pub fn share_apps(state: &Path) -> Result<(), StepError> {
+    let apps = state.join(APPS);
+    let none = None::<&str>;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|error| StepError::new("read /proc/self/mountinfo", error))?;
+    fs::create_dir_all(&apps)
+        .map_err(|error| StepError::new("make the folder of the apps' sockets", error))?;
+    if !mounts.lines().filter_map(|line| line.split(' ').nth(4)).any(|path| unescape(path) == apps) {
+        mount(Some(&apps), &apps, none, MsFlags::MS_BIND, none)
+            .map_err(|errno| StepError::new("mount the folder of the apps' sockets", errno))?;
+    }
+    // Private first: bound on a shared mount it is of that one's group, and would show up wherever that one does.
+    for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
+        mount(none, &apps, none, propagation, none)
+            .map_err(|errno| StepError::new("share the folder of the apps' sockets", errno))?;
+    }
+    Ok(())
+}
+
+/// Undoes [`share_apps`]. A failure shows as something that was left behind.
+pub fn unshare_apps(state: &Path) {
+    let _ = umount2(&state.join(APPS), MntFlags::MNT_DETACH);
+}
+
 /// Moves the calling process into its own view. Needs root.
 pub fn enter(state: &Path) -> Result<(), StepError> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(|errno| StepError::new("unshare mounts", errno))?;
+    // Detached from all other mounts, so that what the next line does to those is not done to it.
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    let apps = open_tree(CWD, state.join(APPS), flags)
+        .map_err(|error| StepError::new("clone the folder of the apps' sockets", error))?;
     // Before anything else: what happens here must not travel back to the host.
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     let none = None::<&str>;
@@ -42,7 +78,13 @@ pub fn enter(state: &Path) -> Result<(), StepError> {
     }
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     move_mount(&tree, "", CWD, VIEW, flags)
-        .map_err(|errno| StepError::new(format!("mount the state folder on {VIEW}"), errno))
+        .map_err(|errno| StepError::new(format!("mount the state folder on {VIEW}"), errno))?;
+    let target = Path::new(VIEW).join(APPS);
+    move_mount(&apps, "", CWD, &target, flags)
+        .map_err(|errno| StepError::new("mount the folder of the apps' sockets in the view", errno))?;
+    // What the runner mounts there comes in; nothing goes out.
+    mount(none, &target, none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .map_err(|errno| StepError::new("follow the folder of the apps' sockets", errno))
 }
 
 /// The mount points to take out, in the order of mountinfo.

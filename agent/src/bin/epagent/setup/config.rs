@@ -16,6 +16,7 @@ use crate::dev::node::{ID_RANGES, Node};
 pub struct Inputs<'a> {
     pub node: Node,
     pub brain_uid: u32,
+    pub balancer_gid: u32,
     /// Besides root, members of this group may use `admin.sock`.
     pub admin_gid: u32,
     /// Where the static helpers lie.
@@ -60,6 +61,7 @@ struct RunnerToml<'a> {
     jail_binary: PathBuf,
     unpack_binary: PathBuf,
     brain_uid: u32,
+    balancer_gid: u32,
     host_image: bool,
     pool: &'a Pool,
     cgroup: Cgroup<'a>,
@@ -122,6 +124,7 @@ fn runner<'a>(inputs: &'a Inputs<'a>) -> RunnerToml<'a> {
         jail_binary: inputs.binaries.join("epagent-jail"),
         unpack_binary: inputs.binaries.join("epagent-unpack"),
         brain_uid: inputs.brain_uid,
+        balancer_gid: inputs.balancer_gid,
         host_image: true,
         pool: &inputs.pool,
         cgroup: Cgroup { root: &inputs.cgroup },
@@ -174,6 +177,7 @@ mod tests {
         let inputs = Inputs {
             node,
             brain_uid: 60_612,
+            balancer_gid: 60_613,
             admin_gid: 0,
             binaries: Path::new("/usr/lib/epagent"),
             runner: Folders { state: "/s/runner".into(), run: "/s/run".into() },

@@ -108,7 +108,7 @@ fn init(args: &InitArgs) -> Result<(), InitError> {
         return Err(InitError::NoSystemd);
     }
     let node = Node::new(args.node).ok_or(InitError::BadNode { number: args.node })?;
-    let (brain_uid, admin_gid) = users()?;
+    let (brain_uid, admin_gid, balancer_gid) = users()?;
     let pool = pool(args)?;
     let http = match args.listen.as_slice() {
         [] => "0.0.0.0:80".to_owned(),
@@ -118,6 +118,7 @@ fn init(args: &InitArgs) -> Result<(), InitError> {
     let files = config::files(&Inputs {
         node,
         brain_uid,
+        balancer_gid,
         admin_gid,
         binaries: Path::new(LIB),
         runner: Folders { state: Path::new(STATE).join("runner"), run: RUN.into() },
@@ -150,7 +151,8 @@ fn init(args: &InitArgs) -> Result<(), InitError> {
 }
 
 /// The brain's uid, and the operators' gid; the package has made them.
-fn users() -> Result<(u32, u32), InitError> {
+/// The brain, the group of operators, and the balancer's group.
+fn users() -> Result<(u32, u32, u32), InitError> {
     let missing = |kind, name| InitError::NoUser { kind, name };
     let brain = User::from_name("epagentd").ok().flatten().ok_or(missing("user", "epagentd"))?;
     let admin = Group::from_name("epagent").ok().flatten().ok_or(missing("group", "epagent"))?;
@@ -159,7 +161,9 @@ fn users() -> Result<(u32, u32), InitError> {
     if uid != gid {
         return Err(InitError::UnequalIds { uid, gid });
     }
-    Ok((uid, admin.gid.as_raw()))
+    let front = "epagent-balancer";
+    let balancer = Group::from_name(front).ok().flatten().ok_or(missing("group", front))?;
+    Ok((uid, admin.gid.as_raw(), balancer.gid.as_raw()))
 }
 
 fn pool(args: &InitArgs) -> Result<Pool, InitError> {

@@ -213,6 +213,13 @@ pub const CODES: &[Code] = &[
         "`epagent secrets set APP NAME`, then deploy again.",
     ),
     code(
+        "no_app_sockets",
+        "The manifest has a process listen on a unix socket, and this node can't do that safely.",
+        "Before Linux 6.16 a tenant could hold up the balancer by sending descriptors along; or the runner is not told \
+         the balancer's group.",
+        "Leave `listen` out; `epagent doctor` shows what is missing.",
+    ),
+    code(
         "no_binary",
         "A program of epagent is missing.",
         "All of them lie in one folder, beside the `epagent` command.",

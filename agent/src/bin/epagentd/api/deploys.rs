@@ -11,11 +11,11 @@ use axum::response::{IntoResponse, Response};
 use epagent::manifest::{self, Overrides};
 use epagent_core::name::{AppName, DeployId, ImageName, JailId};
 use epagent_core::phase::Phase;
-use epagent_core::spec::{AppSpec, RouteMatch};
+use epagent_core::spec::{AppSpec, Listen, RouteMatch};
 use epagent_core::verdict::{Cause, Findings};
 use epagent_store::{Deploy, DeployKind, DeployStep, NewDeploy, StoreError, Target};
 use epagent_wire::api::{self, DeployUpdate, Manifest};
-use epagent_wire::runner::Request;
+use epagent_wire::runner::{FEATURE_APP_SOCKETS, Request};
 use futures_util::StreamExt;
 use serde::Deserialize;
 use tokio::io::AsyncWriteExt;
@@ -192,6 +192,18 @@ async fn check(parts: &Parts, spec: &AppSpec) -> Result<()> {
             format!("there is no image {}; there are: {have}", spec.image),
             "make it with `epagent image bootstrap` or `epagent image import`",
         ));
+    }
+    let listens = spec.processes.iter().find(|(_, process)| process.listen == Listen::Unix);
+    let feature = world.features.iter().find(|feature| feature.name == FEATURE_APP_SOCKETS);
+    if let Some((process, _)) = listens
+        && !feature.is_some_and(|feature| feature.present)
+    {
+        let message = format!(
+            "{process} listens on a unix socket, which can't be made safe on this node: it needs Linux 6.16 \
+             (SO_PASSRIGHTS) and a balancer_gid in the runner's configuration"
+        );
+        let hint = "leave `listen` out, so that it listens at $PORT";
+        return Err(Failure::conflict("no_app_sockets", message, hint));
     }
     // An app's range and address block are given here, so that a node that is full says so now.
     parts.runner.call(Request::AppEnsure { app: spec.app.clone() }).await?;

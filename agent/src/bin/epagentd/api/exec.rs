@@ -16,7 +16,7 @@ use super::apps::{find, nothing_deployed, serving};
 use super::failure::{Failure, Result};
 use super::instances;
 use super::session::Session;
-use crate::apps::{Apps, HeldGuard, Parts, environment, start_jail};
+use crate::apps::{Apps, HeldGuard, Job, Parts, environment, start_jail};
 use crate::clock;
 
 /// The body of an exec request.
@@ -71,7 +71,9 @@ pub async fn run(State(apps): State<Apps>, Path(app): Path<String>, request: Req
     let held = parts.held.hold(jail.clone());
     let env = environment(&release);
     let keeper = Command::Shell(KEEPER.to_owned());
-    let started = start_jail(&parts, &jail, &release, keeper, env, Limits::default(), Some(RUN_MS_MAX)).await;
+    let job =
+        Job { command: keeper, env, limits: Limits::default(), socket: false, deadline_ms: Some(RUN_MS_MAX) };
+    let started = start_jail(&parts, &jail, &release, job).await;
     if let Err(error) = started {
         let message = crate::supervise::chain(&error);
         return Err(Failure::new(

@@ -10,6 +10,7 @@ use epagent_core::health::Health;
 use epagent_core::name::{AppName, DeployId, JailId};
 use epagent_store::Instance as Row;
 use epagent_wire::api::{self, LogLine};
+use epagent_wire::table::SOCKET_PREFIX;
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
@@ -79,7 +80,11 @@ pub async fn of(parts: &Parts, app: Option<&AppName>) -> Result<Vec<api::Instanc
             restarts: row.restarts,
             started_at: row.started_at_ms.map(clock::rfc3339),
             id: row.jail.to_string(),
-            address: jail.and_then(|jail| jail.address.clone()).or(row.address),
+            // Where it takes requests; it may have a network all the same.
+            address: match row.address {
+                Some(socket) if socket.starts_with(SOCKET_PREFIX) => Some(socket),
+                recorded => jail.and_then(|jail| jail.address.clone()).or(recorded),
+            },
             last_exit: before.and_then(|old| old.exit.as_ref()).map(ToString::to_string),
         }
     });

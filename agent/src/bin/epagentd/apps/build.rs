@@ -239,7 +239,8 @@ impl AppLoop {
                 let env = start::environment(&release);
                 let limits = Limits::default();
                 let deadline_ms = Some(RELEASE_COMMAND_MS_MAX);
-                start::start(&self.parts, &jail, &release, shell, env, limits, deadline_ms).await?;
+                let job = start::Job { command: shell, env, limits, socket: false, deadline_ms };
+                start::start(&self.parts, &jail, &release, job).await?;
                 Ok(true)
             }
             Some(Job::Runs) => Ok(false),

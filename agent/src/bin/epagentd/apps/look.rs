@@ -8,9 +8,10 @@ use epagent_core::exit::Exit;
 use epagent_core::health::Health;
 use epagent_core::name::{JailId, ProcessName};
 use epagent_core::phase::Phase;
-use epagent_core::spec::{AppSpec, RouteMatch};
+use epagent_core::spec::{APP_PORT, AppSpec, Listen, RouteMatch};
 use epagent_store::{App, Deploy, Instance as Row, Wanted};
-use epagent_wire::runner::{Jail, JailState, World};
+use epagent_wire::runner::{Jail, JailState, SOCKET_NAME, World};
+use epagent_wire::table::SOCKET_PREFIX;
 
 use super::{AppLoop, QUICK_MS_MAX, RoundError};
 use crate::clock;
@@ -30,6 +31,7 @@ pub mod state {
 pub struct Seen {
     pub view: View,
     pub rows: HashMap<JailId, Row>,
+    /// Where each takes requests, as the balancer's table says it.
     pub addresses: HashMap<JailId, String>,
     /// The deploy under way, in whatever phase.
     pub deploy: Option<Deploy>,
@@ -132,9 +134,11 @@ impl AppLoop {
             },
         };
         if let Some(jail) = jail {
-            self.record_progress(&row, jail, &state, health).await?;
-            if let Some(address) = &jail.address {
-                seen.addresses.insert(row.jail.clone(), address.clone());
+            let socket = socket_of(&row, &seen.view);
+            self.record_progress(&row, jail, socket.as_deref(), &state, health).await?;
+            let tcp = jail.address.as_ref().map(|address| format!("{address}:{APP_PORT}"));
+            if let Some(address) = socket.or(tcp) {
+                seen.addresses.insert(row.jail.clone(), address);
             }
         }
         let started_at_ms = row.started_at_ms.unwrap_or(row.created_at_ms).max(self.begun_at_ms);
@@ -164,6 +168,7 @@ impl AppLoop {
         &self,
         row: &Row,
         jail: &Jail,
+        socket: Option<&str>,
         state: &InstanceState,
         health: Health,
     ) -> Result<(), RoundError> {
@@ -174,7 +179,8 @@ impl AppLoop {
         match (row.state.as_str(), health) {
             (state::STARTING, _) => {
                 let at_ms = jail.started_at_ms.unwrap_or_else(clock::now_ms);
-                store.instance_started(&row.jail, state::RUNNING, jail.address.as_deref(), at_ms).await?;
+                let address = socket.or(jail.address.as_deref());
+                store.instance_started(&row.jail, state::RUNNING, address, at_ms).await?;
             }
             (state::RUNNING, Health::Healthy) => {
                 store.instance_state(&row.jail, state::HEALTHY).await?;
@@ -266,6 +272,19 @@ impl Seen {
             && self.view.instances.iter().all(settled)
             && self.view.table_current
     }
+}
+
+/// The socket of an instance that listens on one. What is recorded goes before what its release says: that one may be
+/// gone while the instance still finishes what it has.
+fn socket_of(row: &Row, view: &View) -> Option<String> {
+    if let Some(recorded) = &row.address {
+        return recorded.starts_with(SOCKET_PREFIX).then(|| recorded.clone());
+    }
+    let candidate = view.candidate.as_ref().map(|candidate| &candidate.generation);
+    let mut generations = view.serving.iter().chain(candidate);
+    let own = generations.find(|generation| generation.deploy == row.deploy)?;
+    let listen = own.spec.processes.get(&row.process)?.listen;
+    (listen == Listen::Unix).then(|| format!("{SOCKET_PREFIX}{}/{SOCKET_NAME}", row.jail))
 }
 
 /// The first host name that leads to the process; for a wildcard, a name below it.

@@ -5,9 +5,9 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 
 use epagent_core::name::{JailId, ProcessName, ReleaseNumber};
-use epagent_core::spec::{APP_PORT, AppSpec, Limits};
+use epagent_core::spec::{APP_PORT, AppSpec, Limits, Listen};
 use epagent_store::{Release, StoreError, Volume};
-use epagent_wire::runner::{Command, Request, Start};
+use epagent_wire::runner::{Command, Request, SOCKET_IN_JAIL, Start};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::{AppLoop, Parts, RoundError};
@@ -29,21 +29,35 @@ impl AppLoop {
         let mut env = environment(&release);
         env.insert("EPAGENT_PROCESS".to_owned(), process.to_string());
         env.insert("EPAGENT_INDEX".to_owned(), index.to_string());
+        let listens = spec.listen == Listen::Unix;
+        if listens {
+            env.remove("PORT");
+            env.insert("SOCKET".to_owned(), SOCKET_IN_JAIL.to_owned());
+        }
         let command = Command::Shell(spec.command.clone());
-        start(&self.parts, jail, &release, command, env, spec.limits.clone(), None).await
+        start(
+            &self.parts,
+            jail,
+            &release,
+            Job { command, env, limits: spec.limits.clone(), socket: listens, deadline_ms: None },
+        )
+        .await
     }
 }
 
+/// What runs in a jail.
+pub struct Job {
+    pub command: Command,
+    pub env: BTreeMap<String, String>,
+    pub limits: Limits,
+    /// It listens on a unix socket.
+    pub socket: bool,
+    pub deadline_ms: Option<u64>,
+}
+
 /// Makes the volumes of the release sure and starts a jail on it.
-pub async fn start(
-    parts: &Parts,
-    jail: &JailId,
-    release: &Release,
-    command: Command,
-    env: BTreeMap<String, String>,
-    limits: Limits,
-    deadline_ms: Option<u64>,
-) -> Result<(), RoundError> {
+pub async fn start(parts: &Parts, jail: &JailId, release: &Release, job: Job) -> Result<(), RoundError> {
+    let Job { command, env, limits, socket, deadline_ms } = job;
     let failed = |attempted: String| move |source| RoundError::Runner { attempted, source };
     ensure_volumes(parts, release).await?;
     let secrets = secrets(parts, release).await?;
@@ -60,6 +74,7 @@ pub async fn start(
             .map(|(name, volume)| (name.clone(), volume.path.clone()))
             .collect(),
         with_secrets: secrets.is_some(),
+        socket,
         deadline_ms,
     };
     let request = Request::Start { jail: jail.clone(), start };
