@@ -9,6 +9,7 @@ pub mod audit;
 pub mod certificates;
 pub mod client;
 pub mod connections;
+pub mod counters;
 pub mod protocol;
 pub mod server;
 pub mod traffic;
