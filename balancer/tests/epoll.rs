@@ -15,6 +15,8 @@ mod config_file;
 mod conformance;
 #[path = "deploy.rs"]
 mod deploy;
+#[path = "faults.rs"]
+mod faults;
 #[path = "forwarded.rs"]
 mod forwarded;
 #[path = "handover.rs"]
