@@ -4,6 +4,8 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -17,6 +19,36 @@ const PARTS: [&str; 4] = ["epagentd", "epagent-runner", "epagent-balancer", "epa
 struct Dev {
     folder: tempfile::TempDir,
     child: Child,
+    _number: Number,
+}
+
+/// A node number that no other test takes until this is dropped. Chosen by themselves, two supervisors of two tests would
+/// take the same lowest one whenever the one of them is just being started again.
+struct Number {
+    _held: UnixListener,
+}
+
+impl Number {
+    /// The numbers of the end-to-end suites, by the same names.
+    const FIRST: u32 = 20;
+    const COUNT: u32 = 100;
+
+    /// Takes one and writes it where a supervisor looks for the number it had last.
+    fn take(state: &Path) -> Self {
+        let first = std::process::id() % Self::COUNT;
+        let mut numbers = (0..Self::COUNT).map(|step| Self::FIRST + (first + step) % Self::COUNT);
+        let (number, held) = numbers
+            .find_map(|number| {
+                let name = SocketAddr::from_abstract_name(format!("epagent-e2e-node-{number}")).unwrap();
+                Some((number, UnixListener::bind_addr(&name).ok()?))
+            })
+            .expect("a number is free");
+        fs::create_dir_all(state).unwrap();
+        // A folder with a lock file is one that a supervisor used before.
+        fs::write(state.join("lock"), "").unwrap();
+        fs::write(state.join("node"), number.to_string()).unwrap();
+        Self { _held: held }
+    }
 }
 
 impl Dev {
@@ -31,8 +63,9 @@ impl Dev {
         for name in PARTS.iter().chain(&["epagent-jail", "epagent-unpack"]) {
             fs::copy(&fake, bin.join(name)).unwrap();
         }
+        let number = Number::take(&folder.path().join("state"));
         let child = Self::command(folder.path()).spawn().unwrap();
-        let dev = Self { folder, child };
+        let dev = Self { folder, child, _number: number };
         dev.wait_ready();
         dev
     }
@@ -96,6 +129,8 @@ impl Drop for Dev {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // What one that did not come to its orderly end leaves mounted.
+        let _ = nix::mount::umount2(&self.state("run/apps"), nix::mount::MntFlags::MNT_DETACH);
     }
 }
 
