@@ -91,6 +91,45 @@ fn a_killed_supervisor_takes_its_parts_along_and_leaves_the_instances() {
 }
 
 #[test]
+fn a_balancer_that_hands_over_is_followed_until_all_ends() {
+    let mut host = DevHost::start();
+    host.deploy(&AppDir::server("shop", "v1", "")).ok();
+    let first = host.pid_of("epagent-balancer");
+    let load = host.load("shop.test", "hello v1");
+    for _ in 0..3 {
+        host.cli(&["balancer", "reload"]).ok();
+        load.wait_for(100, Duration::from_secs(30));
+    }
+    load.finish().assert_none_failed();
+    let balancers = |host: &DevHost| -> Vec<i32> {
+        let all = process::descendants(host.pid()).into_iter();
+        all.filter(|p| p.executable() == "epagent-balancer" && p.state != 'Z').map(|p| p.pid).collect()
+    };
+    eventually("the old ones have drained", Duration::from_secs(90), || {
+        (balancers(&host).len() == 1).then_some(())
+    });
+    assert_ne!(balancers(&host), [first]);
+
+    // The one in charge dies: another is started, with the same listeners.
+    let old = host.kill("epagent-balancer");
+    host.wait_restarted("epagent-balancer", old);
+    assert!(host.fetch("shop.test", "/").starts_with("hello v1"));
+
+    // A successor dies with the supervisor, although it was not started by it.
+    host.cli(&["balancer", "reload"]).ok();
+    let left = balancers(&host);
+    host.kill_dev();
+    eventually("all balancers died with it", Duration::from_secs(5), || {
+        left.iter().all(|pid| !process::is_alive(*pid)).then_some(())
+    });
+    host.start_again();
+    host.wait_healthy("shop", 1);
+    host.cli(&["balancer", "reload"]).ok();
+    assert!(host.fetch("shop.test", "/").starts_with("hello v1"));
+    host.stop();
+}
+
+#[test]
 fn a_folder_serves_one_agent_at_a_time() {
     let host = DevHost::start();
     let second = run(&mut host.dev_command());

@@ -63,9 +63,15 @@ impl Ending<'_> {
         let now = Instant::now();
         for slot in slots.iter_mut().filter(|slot| slot.part == part) {
             let state = std::mem::replace(&mut slot.state, State::Waiting { until: now });
+            let mut children = std::mem::take(&mut slot.elders);
             if let State::Running { child, .. } = state {
+                children.push(child);
+            }
+            for child in &children {
                 let _ = pidfd_send_signal(&child.pidfd, Signal::TERM);
-                self.await_end(&child, part.name(), GRACE);
+            }
+            for child in &children {
+                self.await_end(child, part.name(), GRACE);
             }
         }
     }

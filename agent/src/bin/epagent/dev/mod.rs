@@ -17,11 +17,13 @@
 //! | [`layout`], [`node`], [`sockets`] | the state folder, the node's number, and what follows from them |
 //! | [`part`], [`spawn`], [`view`], [`sys`] | the programs and how they are started |
 //! | [`supervise`], [`restart`], [`probe`], [`logs`] | keeping them alive |
+//! | [`keeper`] | what the balancer needs to hand over and to outlive its crashes |
 //! | [`ending`], [`leftovers`], [`stale`] | leaving nothing behind, also after `kill -9` |
 
 pub mod checks;
 mod ending;
 pub mod error;
+mod keeper;
 mod layout;
 mod leftovers;
 mod logs;

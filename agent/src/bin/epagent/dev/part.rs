@@ -56,7 +56,7 @@ impl Part {
         }
     }
 
-    fn sockets<'a>(self, sockets: &'a Sockets) -> Vec<(&'static str, BorrowedFd<'a>)> {
+    fn sockets(self, sockets: &Sockets) -> Vec<(&'static str, BorrowedFd<'_>)> {
         match self {
             Part::Runner => sockets.for_runner(),
             Part::Balancer => sockets.for_balancer(),
@@ -79,6 +79,7 @@ impl Part {
             arguments: self.arguments(layout, users),
             user: self.user(users),
             sockets: self.sockets(sockets),
+            notify: None,
         }
     }
 }
@@ -92,6 +93,7 @@ pub fn teardown<'a>(layout: &Layout, binaries: &Path) -> Program<'a> {
         arguments: vec!["teardown".into(), "--config".into(), config],
         user: None,
         sockets: Vec::new(),
+        notify: None,
     }
 }
 
@@ -104,7 +106,9 @@ pub struct Program<'a> {
     /// None: root. Else this user and the group of the same number, with [`VIEW`] as its view of the state folder.
     pub user: Option<u32>,
     /// Handed over by the protocol of [`epagent::activation`].
-    pub sockets: Vec<(&'static str, BorrowedFd<'a>)>,
+    pub sockets: Vec<(&'a str, BorrowedFd<'a>)>,
+    /// `NOTIFY_SOCKET`: where it says how it goes.
+    pub notify: Option<PathBuf>,
 }
 
 impl Program<'_> {
@@ -119,6 +123,7 @@ impl Program<'_> {
         for name in ["RUST_LOG", "RUST_BACKTRACE"] {
             variables.extend(caller(name).map(|value| format!("{name}={value}")));
         }
+        variables.extend(self.notify.iter().map(|path| format!("NOTIFY_SOCKET={}", path.display())));
         if !self.sockets.is_empty() {
             let names: Vec<&str> = self.sockets.iter().map(|(name, _)| *name).collect();
             variables.push(format!("LISTEN_PID={pid}"));
@@ -149,11 +154,18 @@ mod tests {
             arguments: vec!["--a".into()],
             user: None,
             sockets: vec![("http", stdin.as_fd()), ("control", stdin.as_fd())],
+            notify: Some("/mnt/x".into()),
         };
         let caller = |name: &str| (name == "RUST_LOG").then(|| "debug".to_owned());
         let environment: Vec<String> =
             program.environment(7, caller).into_iter().map(|text| text.into_string().unwrap()).collect();
-        for expected in ["LISTEN_PID=7", "LISTEN_FDS=2", "LISTEN_FDNAMES=http:control", "RUST_LOG=debug"] {
+        for expected in [
+            "LISTEN_PID=7",
+            "LISTEN_FDS=2",
+            "LISTEN_FDNAMES=http:control",
+            "RUST_LOG=debug",
+            "NOTIFY_SOCKET=/mnt/x",
+        ] {
             assert!(environment.iter().any(|variable| variable == expected), "{expected}");
         }
         assert_eq!(program.argv().len(), 2);

@@ -1,6 +1,12 @@
 //! The loop that keeps the parts alive.
 //!
-//! It waits for three things only: a signal (as a descriptor), the end of a part (its pidfd), and time.
+//! It waits for few things only: a signal (as a descriptor), the end of a part (its pidfd), what the balancer says,
+//! and time. It adopts orphans: a balancer that hands over leaves its successor to us, and a runner its monitors.
+//!
+//! ```text
+//!   balancer in charge ──MAINPID=──▶ elder, finishes what it carries ──▶ buried without a word
+//!                 its successor is in charge: when that dies, another is started
+//! ```
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -11,13 +17,16 @@ use std::time::{Duration, Instant};
 use epagent_wire::api::Version;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{Id, WaitPidFlag, waitid as waitid_of};
 use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::process::{WaitId, WaitIdOptions, waitid};
+use rustix::process::{PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 
 use super::ending;
 use super::error::DevError;
+use super::keeper::{Heard, Keeper};
 use super::layout::{Layout, Users};
 use super::logs::Log;
 use super::node;
@@ -50,6 +59,8 @@ pub struct Slot {
     pub part: Part,
     pub log: Log,
     pub state: State,
+    /// Processes that have handed over and finish what they carry.
+    pub elders: Vec<Child>,
     restarts: Restarts,
     /// The length of the log when it was started last.
     log_from: u64,
@@ -71,6 +82,9 @@ pub enum State {
 pub struct Supervisor<'a> {
     node: Node<'a>,
     signals: SignalFd,
+    /// SIGCHLD, apart from those that ask for the end.
+    deaths: SignalFd,
+    keeper: Keeper,
     slots: Vec<Slot>,
     probe: Probe,
     started: Instant,
@@ -81,10 +95,12 @@ pub struct Supervisor<'a> {
 
 /// SIGINT, SIGTERM and SIGHUP, as a descriptor.
 pub fn catch_signals() -> Result<SignalFd, DevError> {
+    catch(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP])
+}
+
+fn catch(signals: &[Signal]) -> Result<SignalFd, DevError> {
     let mut set = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        set.add(signal);
-    }
+    signals.iter().for_each(|signal| set.add(*signal));
     let caught = set
         .thread_block()
         .and_then(|()| SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK));
@@ -98,13 +114,17 @@ impl<'a> Supervisor<'a> {
         for part in Part::ALL {
             let log = Log::open(node.layout, part.name())?;
             let state = State::Waiting { until: now };
-            slots.push(Slot { part, log, state, restarts: Restarts::default(), log_from: 0 });
+            let elders = Vec::new();
+            slots.push(Slot { part, log, state, elders, restarts: Restarts::default(), log_from: 0 });
         }
         // From here on there may be something to take down.
         let path = node.layout.path("unclean");
         fs::write(&path, "").map_err(|source| DevError::Folder { path, source })?;
         let probe = Probe::new(node.sockets.admin_path(), now);
-        Ok(Self { node, signals, slots, probe, started: now, told_slow: false, ready: None })
+        let keeper = Keeper::new(node.layout, node.users, node.binaries)?;
+        let deaths = catch(&[Signal::SIGCHLD])?;
+        set_child_subreaper(true).map_err(|source| DevError::Wait { source })?;
+        Ok(Self { node, signals, deaths, keeper, slots, probe, started: now, told_slow: false, ready: None })
     }
 
     /// Keeps the parts alive until a signal asks for the end, then ends them.
@@ -136,7 +156,9 @@ impl<'a> Supervisor<'a> {
             if self.wait(next_look)? {
                 return Ok(());
             }
-            self.bury(Instant::now());
+            self.hear(Instant::now())?;
+            self.bury(Instant::now())?;
+            self.bury_orphans();
         }
     }
 
@@ -148,7 +170,11 @@ impl<'a> Supervisor<'a> {
                 continue;
             }
             let Node { layout, users, binaries, sockets, .. } = self.node;
-            let program = slot.part.program(layout, users, binaries, sockets);
+            let mut program = slot.part.program(layout, users, binaries, sockets);
+            if slot.part == Part::Balancer {
+                program.sockets.extend(self.keeper.descriptors());
+                program.notify = Some(self.keeper.address());
+            }
             slot.log_from = slot.log.len();
             match spawn(&program, layout.root(), slot.log.file()) {
                 Ok(child) => {
@@ -163,15 +189,42 @@ impl<'a> Supervisor<'a> {
                 }
             }
         }
-        if changed {
-            let path = self.node.layout.path("processes");
-            let running = self.slots.iter().filter_map(|slot| match &slot.state {
-                State::Running { child, .. } => Some((slot.part.name(), child.pid.as_raw())),
-                State::Waiting { .. } => None,
-            });
-            stale::note(self.node.layout, running).map_err(|source| DevError::Folder { path, source })?;
+        if changed { self.note() } else { Ok(()) }
+    }
+
+    /// Notes which processes run, for a supervisor that comes after a killed one.
+    fn note(&self) -> Result<(), DevError> {
+        let path = self.node.layout.path("processes");
+        let running = self.slots.iter().flat_map(|slot| {
+            let elders = slot.elders.iter().map(|child| (slot.part.name(), child.pid.as_raw()));
+            slot.pid().map(|pid| (slot.part.name(), pid)).into_iter().chain(elders)
+        });
+        stale::note(self.node.layout, running).map_err(|source| DevError::Folder { path, source })
+    }
+
+    /// Takes in what the balancer says, and follows it when another process of it is in charge.
+    fn hear(&mut self, now: Instant) -> Result<(), DevError> {
+        let Some(slot) = self.slots.iter_mut().find(|slot| slot.part == Part::Balancer) else {
+            return Ok(());
+        };
+        let mut changed = false;
+        while let Some(in_charge) = slot.pid()
+            && let Some(Heard::MainPid(pid)) = self.keeper.hear(in_charge)
+        {
+            match adopted(pid) {
+                Some(child) => {
+                    say(&format!("{} hands over from process {in_charge} to {pid}", slot.part.name()));
+                    let state = State::Running { child, since: now };
+                    if let State::Running { child, .. } = std::mem::replace(&mut slot.state, state) {
+                        slot.elders.push(child);
+                    }
+                    changed = true;
+                }
+                // It goes by the one that is known; whether that one lives is seen anyway.
+                None => say(&format!("{} names process {pid}, which is none of ours", slot.part.name())),
+            }
         }
-        Ok(())
+        if changed { self.note() } else { Ok(()) }
     }
 
     /// Waits for whatever comes first. True: a signal asks for the end.
@@ -182,7 +235,9 @@ impl<'a> Supervisor<'a> {
             State::Running { .. } => None,
         });
         let until = due.chain(answer_due).fold(until, Instant::min);
-        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        let watched = [self.signals.as_fd(), self.deaths.as_fd(), self.keeper.as_fd()];
+        let mut fds: Vec<PollFd<'_>> =
+            watched.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         fds.extend(answer.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         fds.extend(self.slots.iter().filter_map(|slot| match &slot.state {
             State::Running { child, .. } => Some(PollFd::new(child.pidfd.as_fd(), PollFlags::POLLIN)),
@@ -192,12 +247,19 @@ impl<'a> Supervisor<'a> {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(source) => return Err(DevError::Wait { source }),
         }
+        while let Ok(Some(_)) = self.deaths.read_signal() {}
         Ok(matches!(self.signals.read_signal(), Ok(Some(_))))
     }
 
     /// Takes note of the parts that ended and when they are to be started again.
-    fn bury(&mut self, now: Instant) {
+    fn bury(&mut self, now: Instant) -> Result<(), DevError> {
+        let ended = |slot: &Slot| matches!(&slot.state, State::Running { child, .. } if has_ended(child));
+        if self.slots.iter().any(ended) {
+            // What it said before it ended comes first: it may have handed over.
+            self.hear(now)?;
+        }
         for slot in &mut self.slots {
+            slot.elders.retain(|child| reap(child).is_none());
             let State::Running { child, since } = &slot.state else {
                 continue;
             };
@@ -215,6 +277,24 @@ impl<'a> Supervisor<'a> {
                 say(&format!("  its last words: {line}"));
             }
             slot.state = State::Waiting { until: now + wait };
+        }
+        Ok(())
+    }
+
+    /// Buries children of children that ended after those: nobody else can.
+    fn bury_orphans(&self) {
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+        while let Ok(status) = waitid_of(Id::All, look | WaitPidFlag::WNOWAIT)
+            && let Some(pid) = status.pid()
+        {
+            let is_of = |slot: &Slot| {
+                slot.pid() == Some(pid.as_raw()) || slot.elders.iter().any(|child| child.pid == pid)
+            };
+            if self.slots.iter().any(is_of) {
+                // It ended just now: the next round takes note of it.
+                return;
+            }
+            let _ = waitid_of(Id::Pid(pid), look);
         }
     }
 
@@ -263,6 +343,14 @@ fn mark_ready(path: &Path, text: &str) -> std::io::Result<File> {
 }
 
 impl Slot {
+    /// The process that is in charge, if one is.
+    fn pid(&self) -> Option<i32> {
+        match &self.state {
+            State::Running { child, .. } => Some(child.pid.as_raw()),
+            State::Waiting { .. } => None,
+        }
+    }
+
     fn next_wait(&mut self, lived_ms: u64) -> Duration {
         Duration::from_millis(self.restarts.after_death_ms(lived_ms))
     }
@@ -272,6 +360,19 @@ impl Slot {
 pub fn timeout(until: Instant) -> PollTimeout {
     let left = until.saturating_duration_since(Instant::now());
     PollTimeout::try_from(left.as_nanos().div_ceil(1_000_000)).unwrap_or(PollTimeout::MAX)
+}
+
+/// A process that has become our child.
+fn adopted(pid: i32) -> Option<Child> {
+    let pidfd = pidfd_open(rustix::process::Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    waitid(WaitId::PidFd(pidfd.as_fd()), options).ok()?;
+    Some(Child { pid: nix::unistd::Pid::from_raw(pid), pidfd })
+}
+
+fn has_ended(child: &Child) -> bool {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    matches!(waitid(WaitId::PidFd(child.pidfd.as_fd()), options), Ok(Some(_)))
 }
 
 /// How a child ended, in words, if it has.

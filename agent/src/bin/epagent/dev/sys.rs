@@ -38,7 +38,7 @@ impl StepError {
 /// The first descriptor of the socket-activation protocol (SD_LISTEN_FDS_START).
 const FIRST: RawFd = 3;
 /// The most descriptors that are placed.
-const DESCRIPTORS_MAX: RawFd = 16;
+const DESCRIPTORS_MAX: RawFd = 256;
 /// The longest message of a failing child, in bytes; a pipe takes that much at once.
 const MESSAGE_BYTES_MAX: usize = 1024;
 
