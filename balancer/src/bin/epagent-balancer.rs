@@ -102,8 +102,11 @@ struct ServeArgs {
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
     /// Besides root, the uid that may use the control socket
-    #[arg(long, value_name = "UID")]
+    #[arg(long, value_name = "UID", conflicts_with = "control_user")]
     control_uid: Option<u32>,
+    /// The same by name
+    #[arg(long, value_name = "NAME")]
+    control_user: Option<String>,
     /// Where routes by port listen
     #[arg(long, default_value = "127.0.0.1", value_name = "ADDR")]
     port_address: IpAddr,
@@ -282,7 +285,7 @@ fn serve(args: ServeArgs, endowment: Endowment) -> Result<Options, String> {
         config_file,
         state_dir: args.state,
         port_address: args.port_address,
-        control_uid: args.control_uid,
+        control_uid: args.control_user.map(|name| uid_of(&name)).transpose()?.or(args.control_uid),
         control,
         metrics: metrics_socket(endowment.metrics, common.metrics.as_ref())?,
         inherited: endowment.listeners,
@@ -347,6 +350,14 @@ fn start(options: impl FnOnce(Endowment) -> Result<Options, String>) -> Result<(
         .inspect_err(|why| old.iter().for_each(|old| old.fail(why)));
     drop(old);
     started?.run().map_err(|error| chain(&error))
+}
+
+fn uid_of(name: &str) -> Result<u32, String> {
+    match nix::unistd::User::from_name(name) {
+        Ok(Some(user)) => Ok(user.uid.as_raw()),
+        Ok(None) => Err(format!("there is no user {name:?}")),
+        Err(errno) => Err(format!("cannot look up the user {name:?}: {errno}")),
+    }
 }
 
 /// Binds a control socket, in place of one that a dead process left behind.
