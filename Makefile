@@ -2,7 +2,7 @@
 # make build   all binaries, in target/dist
 # make demo    deploy an app, redeploy it under load, stay up until Ctrl-C; ONCE=1 ends by itself
 # make test    everything: formatting, lints, every test (needs root)
-# make soak    the end-to-end suites with long loads
+# make soak    the end-to-end suites with long loads, an hour of churn, a million simulations [SEEDS=N]
 # make vm-test  the suites in throwaway VMs [T=part of a name]; vm-shell, vm-pair: machines to look around in [R=release]
 # make bench   every benchmark; bench-balancer: the balancer beside HAProxy, nginx and naive proxies
 # make deb     the Debian packages, in target/deb
@@ -83,10 +83,14 @@ demo: root setup build
 	@$(DIST)/epagent-demo $(if $(filter-out 0,$(ONCE)),--once)
 
 # Loads of minutes where `make test` has seconds, and every cut repeated.
+SEEDS := 1000000
 soak: root setup build
 	@cargo nextest --version >/dev/null 2>&1 || cargo install cargo-nextest --locked
 	$(ROOT_SUITES) EPAGENT_TEST_LOAD_SECONDS=120 EPAGENT_TEST_ROUNDS=20 \
 	  cargo nextest run --cargo-profile $(PROFILE) -p epagent-tests --profile soak
+	EPAGENT_TEST_LOAD_SECONDS=60 EPAGENT_TEST_CHURN_SECONDS=3600 EPAGENT_TEST_IDLE=9000 EPAGENT_TEST_BUSY=500 \
+	  SIMULATION_SEEDS=$(SEEDS) cargo nextest run --cargo-profile $(PROFILE) -p epagent-balancer --profile soak \
+	    -E 'binary(churn) | binary(handover) | binary(simulation)'
 
 bench: bench-balancer
 

@@ -9,6 +9,8 @@
 mod access_log;
 #[path = "actions.rs"]
 mod actions;
+#[path = "churn.rs"]
+mod churn;
 #[path = "config_file.rs"]
 mod config_file;
 #[path = "conformance.rs"]
