@@ -128,7 +128,7 @@ impl Worker {
         let facts = Arc::<Facts>::default();
         let shared = facts.clone();
         let io = doors.io;
-        let memory = Limits::of_thread(doors.buffers.count, config.threads);
+        let memory = Limits::of_thread(doors.buffers.count, doors.buffers.size_bytes, config.threads);
         let config = Config { memory, ..config };
         let body = move || {
             let _notice = EndNotice(notices.ended.clone());

@@ -270,7 +270,7 @@ fn slow_readers_pin_no_memory_and_stall_nobody() {
     until("the app has begun with all of them", || app.request_count() == 340);
     let beside = ask();
     // Generous, since other tests run meanwhile; starved of buffers it would take minutes.
-    assert!(beside < 5 * quiet + Duration::from_secs(2), "{quiet:?} became {beside:?}");
+    assert!(beside < 5 * quiet + Duration::from_secs(10), "{quiet:?} became {beside:?}");
     let grown_kib = balancer.resident_kib().saturating_sub(before_kib);
     assert!(grown_kib < 40 * 700 + 8_000, "40 slow readers took {grown_kib} KiB");
     // And when they read at last, they get every byte.

@@ -54,11 +54,13 @@ impl Config {
     /// What a bulk flow receives at a time.
     pub const BULK_BYTES: u32 = 256 * 1024;
     /// A bulk flow that brings less than this at a time is one of small messages again.
-    pub const QUIET_BYTES: usize = 16 * 1024;
+    pub const QUIET_BYTES: u32 = 16 * 1024;
     /// What is received at a time for a peer that does not keep up, once it has taken what it had...
     pub const SLOW_BYTES: u32 = 64 * 1024;
     /// ...and when half of the memory for such peers is in use.
     pub const PRESSED_BYTES: u32 = 4 * 1024;
+    /// For so long after a receive found no buffer, flows take one buffer at a time.
+    pub const THIRST_MS: Millis = 10;
     /// How often it is looked, while few buffers are left to lend, which have been lent for too long...
     pub const LENT_TICK_MS: Millis = 10;
     /// ...and otherwise, which are lent at all.

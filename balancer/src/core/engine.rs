@@ -48,6 +48,10 @@ pub struct Core {
     /// Sockets to which shared buffers are, or were a moment ago, lent.
     pub(super) lenders: Vec<SockId>,
     pub(super) lent_tick_at: Option<Millis>,
+    /// Sockets whose receive found no buffer, first come first served.
+    thirsty: VecDeque<SockId>,
+    /// Until when nobody takes more than a buffer at a time.
+    pub(super) thirst_until: Millis,
     /// Clients with bytes left over that may now be used.
     pub(super) runnable: VecDeque<SockId>,
     /// Something has become possible for held requests.
@@ -124,6 +128,10 @@ impl Core {
         self.expire_due();
         self.hold_tick();
         self.start_checks();
+        // Whoever had no buffer last time is armed before those who had some.
+        while let Some(sock) = self.thirsty.pop_front() {
+            self.settle(sock);
+        }
         loop {
             if let Some(client) = self.runnable.pop_front() {
                 self.client_input(client, None);
@@ -282,7 +290,7 @@ impl Core {
         let now = self.now;
         let Some(sock) = self.socks.get_mut(id) else { return };
         sock.moved_at = now;
-        sock.taken_bytes += chunk.len();
+        sock.taken_bytes = sock.taken_bytes.saturating_add(chunk.len() as u32);
         let bytes = chunk.len() as u64;
         match sock.is_client() {
             true => self.counters.bytes_from_clients += bytes,
@@ -310,7 +318,11 @@ impl Core {
         self.read_preface(id);
         match why {
             RecvEnd::Ended => {}
-            RecvEnd::NoBuffers => self.counters.no_buffers += 1,
+            RecvEnd::NoBuffers => {
+                self.counters.no_buffers += 1;
+                self.thirst_until = self.now + Config::THIRST_MS;
+                self.thirsty.push_back(id);
+            }
             RecvEnd::Eof => self.read_closed(id),
             RecvEnd::Cut => self.cut(id),
             RecvEnd::Failed(error) => {

@@ -16,6 +16,8 @@ use std::rc::Rc;
 /// The bounds of one core.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
+    /// Size of one of the door's shared buffers.
+    pub buffer_bytes: u32,
     /// Shared buffers that may stay lent from one batch to the next.
     pub lent_max: usize,
     /// From so many bytes in memory of our own on, no more is taken in than is sent off.
@@ -28,16 +30,21 @@ impl Limits {
     /// What slow peers of all threads together may cost in memory of our own.
     pub const SPILL_BYTES_MAX: usize = 32 * 1024 * 1024;
 
-    /// Those of one thread of `threads`, whose door has this many buffers.
-    pub fn of_thread(buffers: u16, threads: u32) -> Self {
+    /// Those of one thread of `threads`, whose door has so many buffers of this size.
+    pub fn of_thread(buffers: u16, buffer_bytes: usize, threads: u32) -> Self {
         let spill_bytes_max = Self::SPILL_BYTES_MAX / threads.max(1) as usize;
-        Self { lent_max: usize::from(buffers) / 2, pressed_bytes: spill_bytes_max / 2, spill_bytes_max }
+        Self {
+            buffer_bytes: buffer_bytes.min(u32::MAX as usize) as u32,
+            lent_max: usize::from(buffers) / 2,
+            pressed_bytes: spill_bytes_max / 2,
+            spill_bytes_max,
+        }
     }
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self::of_thread(512, 1)
+        Self::of_thread(512, 16 * 1024, 1)
     }
 }
 
@@ -125,7 +132,8 @@ mod tests {
 
     #[test]
     fn a_share_is_given_back_with_its_owner() {
-        let budget = Budget::new(Limits { lent_max: 4, pressed_bytes: 50, spill_bytes_max: 100 });
+        let budget =
+            Budget::new(Limits { buffer_bytes: 16, lent_max: 4, pressed_bytes: 50, spill_bytes_max: 100 });
         let mut share = Share::new(&budget);
         share.set(3, 60);
         assert_eq!((budget.lent_left(), budget.is_pressed(), budget.is_exceeded()), (1, true, false));

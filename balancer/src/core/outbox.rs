@@ -37,9 +37,17 @@ const JOIN_BYTES: usize = 16 * 1024;
 /// Chunks up to this size are copied behind one of our own, rather than sent as a piece of their own.
 const SMALL_BYTES: usize = 2 * 1024;
 
-/// The queue of one socket, and the send under way.
+/// The queue of one socket, and the send under way. Small while there is neither: most sockets idle.
 #[derive(Debug, Default)]
 pub struct Outbox {
+    busy: Option<Box<Busy>>,
+    /// The peer let a send wait too long: nothing is lent to it.
+    slow: bool,
+}
+
+/// What is queued; a part of it is under way.
+#[derive(Debug, Default)]
+struct Busy {
     queue: VecDeque<Chunk>,
     bytes: usize,
     /// Of the queue: chunks in shared buffers, and their bytes.
@@ -48,15 +56,13 @@ pub struct Outbox {
     state: SendState,
     /// What the queue costs from batch to batch; none while it costs nothing.
     share: Option<Share>,
-    /// The peer let a send wait too long: nothing is lent to it.
-    slow: bool,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum SendState {
     #[default]
     Idle,
-    /// A try took less than all of it.
+    /// The last send took less than all of it.
     Short,
     /// With how many bytes were offered.
     Trying(usize),
@@ -76,11 +82,11 @@ pub struct Send {
 impl Outbox {
     /// Bytes not yet taken by the socket.
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.busy.as_ref().map_or(0, |busy| busy.bytes)
     }
 
     pub fn is_empty(&self) -> bool {
-        self.queue.is_empty()
+        self.busy.is_none()
     }
 
     /// The peer does not keep up.
@@ -90,23 +96,79 @@ impl Outbox {
 
     /// A send waits on shared buffers.
     pub fn is_lending(&self) -> bool {
-        matches!(self.state, SendState::Waiting { .. }) && self.shared > 0
+        self.busy.as_ref().is_some_and(|busy| busy.is_waiting() && busy.shared > 0)
     }
 
     /// Bytes wait in memory of our own.
     pub fn is_spilling(&self) -> bool {
-        self.share.is_some() && self.bytes > self.shared_bytes
+        self.busy.as_ref().is_some_and(|busy| busy.share.is_some() && busy.bytes > busy.shared_bytes)
     }
 
     /// Adds bytes at the end.
     pub fn push(&mut self, chunk: Chunk) {
-        if chunk.is_empty() {
-            return;
+        if !chunk.is_empty() {
+            self.busy.get_or_insert_default().push(chunk);
         }
+    }
+
+    /// Brings the queue within the budget, and returns the next send to issue: none while one is under way
+    /// or nothing is queued. Called once everything of a batch is queued.
+    pub fn next_send(&mut self, now: Millis, budget: &Rc<Budget>) -> Option<Send> {
+        let slow = self.slow;
+        let busy = self.busy.as_mut()?;
+        match busy.state {
+            SendState::Trying(_) => None,
+            SendState::Waiting { .. } => {
+                busy.settle_share(budget, slow);
+                None
+            }
+            SendState::Idle if busy.must_try(budget, slow) => Some(busy.try_send()),
+            SendState::Idle | SendState::Short => {
+                busy.settle_share(budget, slow);
+                Some(busy.wait_send(now))
+            }
+        }
+    }
+
+    /// The send under way is over; `bytes` of it were taken.
+    pub fn sent(&mut self, now: Millis, bytes: usize) {
+        debug_assert!(self.busy.is_some(), "a send ended that was never issued");
+        let Some(busy) = &mut self.busy else { return };
+        busy.take(bytes);
+        let over = busy.queue.is_empty();
+        busy.state = match busy.state {
+            SendState::Trying(offered) if bytes < offered => SendState::Short,
+            SendState::Waiting { since, stopped } => {
+                self.slow &= stopped || now - since > QUICK_MS || !over;
+                // It has just been waited for; another try would only be refused.
+                SendState::Short
+            }
+            _ => SendState::Idle,
+        };
+        if over {
+            self.busy = None;
+        }
+    }
+
+    /// Whether a send has waited on shared buffers for too long, and is to be stopped. Says so once.
+    pub fn has_lent_too_long(&mut self, now: Millis) -> bool {
+        let Some(busy) = self.busy.as_mut().filter(|busy| busy.shared > 0) else { return false };
+        let SendState::Waiting { since, stopped: stopped @ false } = &mut busy.state else { return false };
+        *stopped = now >= *since + PATIENCE_MS;
+        self.slow |= *stopped;
+        *stopped
+    }
+}
+
+impl Busy {
+    fn is_waiting(&self) -> bool {
+        matches!(self.state, SendState::Waiting { .. })
+    }
+
+    fn push(&mut self, chunk: Chunk) {
         self.bytes += chunk.len();
-        if chunk.len() <= SMALL_BYTES
-            && self.queue.back_mut().is_some_and(|last| last.try_extend(&chunk, JOIN_BYTES))
-        {
+        let small = chunk.len() <= SMALL_BYTES;
+        if small && self.queue.back_mut().is_some_and(|last| last.try_extend(&chunk, JOIN_BYTES)) {
             return;
         }
         if chunk.is_shared() {
@@ -116,85 +178,45 @@ impl Outbox {
         self.queue.push_back(chunk);
     }
 
-    /// Brings the queue within the budget, and returns the next send to issue: none while one is under way
-    /// or nothing is queued. Called once everything of a batch is queued.
-    pub fn next_send(&mut self, now: Millis, budget: &Rc<Budget>) -> Option<Send> {
-        let mode = match self.state {
-            SendState::Trying(_) => return None,
-            SendState::Waiting { .. } => None,
-            SendState::Idle | SendState::Short if self.queue.is_empty() => return None,
-            SendState::Idle if self.must_try(budget) => Some(SendMode::Try),
-            SendState::Idle | SendState::Short => Some(SendMode::WaitSome),
-        };
-        if mode != Some(SendMode::Try) {
-            self.settle_share(budget);
-        }
-        let mode = mode?;
-        let chunks: Vec<Chunk> = self.queue.iter().take(CHUNKS_PER_SEND_MAX).cloned().collect();
-        if mode == SendMode::Try {
-            self.state = SendState::Trying(chunks.iter().map(|chunk| chunk.len()).sum());
-            return Some(Send { chunks, mode });
-        }
+    fn try_send(&mut self) -> Send {
+        let chunks = self.next_chunks();
+        self.state = SendState::Trying(chunks.iter().map(|chunk| chunk.len()).sum());
+        Send { chunks, mode: SendMode::Try }
+    }
+
+    fn wait_send(&mut self, now: Millis) -> Send {
+        let chunks = self.next_chunks();
         self.state = SendState::Waiting { since: now, stopped: false };
+        // What is lent is sent off whole, or stopped; of what is ours every byte taken shows that the peer
+        // is alive.
         let lent = chunks.iter().any(Chunk::is_shared);
-        Some(Send { chunks, mode: if lent { SendMode::WaitAll } else { SendMode::WaitSome } })
+        Send { chunks, mode: if lent { SendMode::WaitAll } else { SendMode::WaitSome } }
     }
 
-    /// The send under way is over; `bytes` of it were taken.
-    pub fn sent(&mut self, now: Millis, bytes: usize) {
-        debug_assert!(
-            !matches!(self.state, SendState::Idle | SendState::Short),
-            "a send ended that was never issued"
-        );
-        debug_assert!(bytes <= self.bytes, "more was sent than was queued");
-        self.take(bytes);
-        if self.queue.is_empty() {
-            self.share = None;
-        }
-        self.state = match self.state {
-            SendState::Trying(offered) if bytes < offered => SendState::Short,
-            SendState::Waiting { since, stopped } => {
-                let quick = !stopped && now - since <= QUICK_MS && self.queue.is_empty();
-                self.slow &= !quick;
-                // It has just been waited for; another try would only be refused.
-                if self.queue.is_empty() { SendState::Idle } else { SendState::Short }
-            }
-            _ => SendState::Idle,
-        };
+    fn next_chunks(&self) -> Vec<Chunk> {
+        self.queue.iter().take(CHUNKS_PER_SEND_MAX).cloned().collect()
     }
 
-    /// Whether a send has waited on shared buffers for too long, and is to be stopped. Says so once.
-    pub fn has_lent_too_long(&mut self, now: Millis) -> bool {
-        let lending = self.is_lending();
-        match &mut self.state {
-            SendState::Waiting { since, stopped: stopped @ false }
-                if lending && now >= *since + PATIENCE_MS =>
-            {
-                *stopped = true;
-                self.slow = true;
-                true
-            }
-            _ => false,
-        }
+    /// How many shared buffers may be lent here in all.
+    fn lendable(&self, budget: &Budget) -> usize {
+        LENT_MAX.min(budget.lent_left() + self.lent())
+    }
+
+    fn lent(&self) -> usize {
+        self.share.as_ref().map_or(0, Share::lent)
     }
 
     /// Whether what is queued should be tried first: when it is little, when nothing may be lent, or when
     /// the most that may wait is less than what is there.
-    fn must_try(&self, budget: &Budget) -> bool {
-        let held = self.share.as_ref().map_or(0, Share::lent);
-        let lendable = LENT_MAX.min(budget.lent_left() + held);
-        self.shared > 0 && (self.slow || self.bytes <= TRY_BYTES || self.shared > lendable)
+    fn must_try(&self, budget: &Budget, slow: bool) -> bool {
+        self.shared > 0 && (slow || self.bytes <= TRY_BYTES || self.shared > self.lendable(budget))
     }
 
     /// What stays for longer than this batch is lent as far as the budget goes; the rest is copied.
-    fn settle_share(&mut self, budget: &Rc<Budget>) {
-        let held = self.share.as_ref().map_or(0, Share::lent);
+    fn settle_share(&mut self, budget: &Rc<Budget>, slow: bool) {
         // A send under way reads from its buffers until it is over, whatever is decided here.
-        let lendable = match self.state {
-            SendState::Waiting { .. } => (budget.lent_left() + held).min(LENT_MAX).max(held),
-            _ if self.slow => 0,
-            _ => (budget.lent_left() + held).min(LENT_MAX),
-        };
+        let kept = if self.is_waiting() { self.lent() } else { 0 };
+        let lendable = if slow { kept } else { self.lendable(budget).max(kept) };
         let crumbs = self.queue.iter().any(|chunk| chunk.is_shared() && chunk.len() <= SMALL_BYTES);
         if self.shared > lendable || crumbs {
             self.spill(lendable);
@@ -204,6 +226,7 @@ impl Outbox {
     }
 
     fn take(&mut self, mut bytes: usize) {
+        debug_assert!(bytes <= self.bytes, "more was sent than was queued");
         self.bytes -= bytes.min(self.bytes);
         while let Some(front) = self.queue.front_mut() {
             let (shared, whole) = (front.is_shared(), front.len() <= bytes);
@@ -323,6 +346,7 @@ mod tests {
         assert_eq!(in_flight.mode, SendMode::WaitSome);
         (0..1000).for_each(|_| outbox.push(lend(b"y").0));
         assert!(outbox.next_send(0, &budget).is_none());
-        assert_eq!((outbox.queue.len(), outbox.bytes(), budget.lent()), (2, 1001, 0));
+        let pieces = outbox.busy.as_ref().map_or(0, |busy| busy.queue.len());
+        assert_eq!((pieces, outbox.bytes(), budget.lent()), (2, 1001, 0));
     }
 }

@@ -52,7 +52,7 @@ pub struct Sock {
     /// More came from here than the other side takes at once: receive so much at a time.
     pub cautious: bool,
     /// Bytes that came since the receive was armed.
-    pub taken_bytes: usize,
+    pub taken_bytes: u32,
     /// The peer sent FIN.
     pub read_closed: bool,
     /// What to do once everything queued is sent.

@@ -174,6 +174,9 @@ impl Core {
         }
         Wanted::Take(match () {
             () if pressed => RecvMode::Once { limit_bytes: Config::PRESSED_BYTES },
+            () if self.thirst_until > self.now => {
+                RecvMode::Once { limit_bytes: self.memory.limits().buffer_bytes.min(Config::SLOW_BYTES) }
+            }
             () if slow => RecvMode::Once { limit_bytes: Config::SLOW_BYTES },
             () if bulk => RecvMode::Once { limit_bytes: Config::BULK_BYTES },
             () => RecvMode::Many,

@@ -72,8 +72,8 @@ pub struct Ring {
 struct Slot {
     generation: u32,
     fd: Option<RawFd>,
-    /// Operations in the ring that refer to it.
-    in_flight: u32,
+    /// Operations in the ring that refer to it: a connect, or a receive and a send.
+    in_flight: u16,
     /// Its send under way, as a slot of the table of sends.
     sending: Option<u32>,
 }
