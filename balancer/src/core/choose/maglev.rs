@@ -7,7 +7,7 @@
 //!
 //! Bounds, held by the tests below, for up to 255 hashing routes: with up to 200 upstreams, shares are within
 //! 1 % of the weights and two entries; of those keys that need not move when one comes or leaves, less than 3 % do. A
-//! lookup is a division and a load however many there are; making a table takes about a millisecond.
+//! lookup is a division and a load however many there are.
 //!
 //! The table follows from names and weights alone: every thread, every process and every machine that has the
 //! same table of routes has the same mapping.
