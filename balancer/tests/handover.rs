@@ -171,6 +171,7 @@ fn connections_in_the_queue_are_served_by_the_next() {
     }
     let old = balancer.pid();
     balancer.reload().expect("it hands over");
+    let began = Instant::now();
     for mut client in queued {
         assert_eq!(client.read().text(), "shop");
     }
@@ -179,6 +180,7 @@ fn connections_in_the_queue_are_served_by_the_next() {
         assert_eq!((response.text().as_str(), response.field("connection")), ("shop", Some("close")));
     }
     until("the old one has drained", || !lives(old));
+    assert!(began.elapsed() < Duration::from_secs(5), "its end was noticed after {:?}", began.elapsed());
 }
 
 #[test]

@@ -25,6 +25,8 @@ use crate::worker::{Command, Worker};
 
 /// How often an ending process looks whether its threads have ended; each of them wakes it too.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How soon to look whether a thread has ended that has said it will.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// How often a draining process says how far it is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// How long the resets may take to go out.
@@ -68,6 +70,12 @@ impl Life {
 }
 
 impl Server {
+    /// A thread says that it ends a moment before it has ended: soon, until that is so.
+    pub(super) fn look_for_ended_at(&self) -> Option<Instant> {
+        let ended = self.workers.iter().filter(|worker| worker.has_ended()).count() as u64;
+        (self.ending > ended).then(|| Instant::now() + LOOK_AGAIN)
+    }
+
     /// Does what signals ask for. True when the process is to end at once.
     pub(super) fn obey_signals(&mut self) -> bool {
         while let Ok(Some(info)) = self.signals.read_signal() {
@@ -117,7 +125,7 @@ impl Server {
     /// Goes on with the end, if it has begun. True when there is nothing more to do.
     pub(super) fn live_on(&mut self) -> Result<bool, ServerError> {
         // Read, so that the end of one thread does not keep waking us while others go on.
-        let _ = self.worker_ended.read();
+        self.ending += self.worker_ended.read().unwrap_or(0);
         let now = Instant::now();
         let all_ended = self.workers.iter().all(Worker::has_ended);
         match &mut self.life {

@@ -149,6 +149,8 @@ pub struct Server {
     table: Arc<Table>,
     signals: SignalFd,
     worker_ended: Arc<EventFd>,
+    /// How many threads have said that they end.
+    ending: u64,
     /// Written by a thread when a route of its begins to starve.
     starved: Arc<EventFd>,
     /// How often that has happened, as far as it was seen here.
@@ -240,6 +242,7 @@ impl Server {
             table: Arc::new(table),
             signals,
             worker_ended,
+            ending: 0,
             starved,
             sequence: 0,
             elders_starve: BTreeSet::new(),
@@ -324,12 +327,12 @@ impl Server {
         let tell_at = self.control.as_ref().and_then(ControlServer::next_deadline);
         let beat_at = self.watchdog.as_ref().map(Watchdog::due);
         let give_up_at = self.giving.as_ref().map(Giving::deadline);
-        let timeout =
-            match [self.life.look_at(), tell_at, hang_up_at, beat_at, give_up_at].into_iter().flatten().min()
-            {
-                Some(at) => poll_timeout(at),
-                None => PollTimeout::NONE,
-            };
+        let life = [self.life.look_at(), self.look_for_ended_at()];
+        let duties = [tell_at, hang_up_at, beat_at, give_up_at];
+        let timeout = match life.into_iter().chain(duties).flatten().min() {
+            Some(at) => poll_timeout(at),
+            None => PollTimeout::NONE,
+        };
         // An error here is EINTR or a passing shortage; everything is looked at anyway.
         let _ = poll(&mut polled, timeout);
     }
