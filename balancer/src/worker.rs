@@ -13,15 +13,17 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::access_log::AccessLog;
 use crate::control::connections::Connection;
+use crate::core::acme::Challenge;
 use crate::core::config::Config;
 use crate::core::engine::{Core, Snapshot};
 use crate::core::histogram::Micros;
-use crate::core::io::{ListenerId, Millis};
+use crate::core::io::{ListenerId, Millis, SockId};
 use crate::core::listen::Listen;
 use crate::core::memory::Limits;
 use crate::door::Door;
 use crate::doors::{DoorError, Doors};
 use crate::table::{ListenerLimits, Table};
+use crate::tls::acme::Question;
 
 /// Most commands waiting for a thread. The control thread waits for each answer, so few ever do.
 const COMMANDS_MAX: usize = 256;
@@ -57,6 +59,8 @@ pub enum Command {
     Stop,
     /// Reset whoever is left.
     Abort,
+    /// What the file of a challenge says, which this client waits for.
+    Challenge(SockId, Option<Vec<u8>>),
     /// Say that the loop comes round, by writing this number down.
     Beat(u64),
 }
@@ -97,6 +101,8 @@ pub struct Notices {
     pub starved: Arc<EventFd>,
     /// Lines for the log, which another thread writes; what it does not take in time is dropped.
     pub remarks: SyncSender<String>,
+    /// Questions for the files of ACME challenges, where there is a folder of them.
+    pub challenges: Option<SyncSender<Question>>,
 }
 
 /// Why a thread could not be started.
@@ -127,6 +133,7 @@ impl Worker {
         let door_waker = waker.clone();
         let facts = Arc::<Facts>::default();
         let shared = facts.clone();
+        let caller = Caller { commands: commands.clone(), waker: waker.clone() };
         let io = doors.io;
         let memory = Limits::of_thread(doors.buffers.count, doors.buffers.size_bytes, config.threads);
         let config = Config { memory, ..config };
@@ -142,7 +149,7 @@ impl Worker {
                 }
             };
             let _ = started.send(Ok(()));
-            run(door, Core::new(config), &inbox, log.as_ref(), &notices, &shared)
+            run(door, Core::new(config), &inbox, log.as_ref(), &notices, &caller, &shared)
         };
         let thread = std::thread::Builder::new()
             .name(format!("{io}-{index}"))
@@ -204,6 +211,7 @@ fn run(
     commands: &Receiver<Command>,
     log: Option<&AccessLog>,
     notices: &Notices,
+    caller: &Caller,
     facts: &Facts,
 ) -> io::Result<()> {
     let start = Instant::now();
@@ -224,6 +232,9 @@ fn run(
             obey(command, &mut core, &mut door, &mut yielding, facts, now);
         }
         core.finish_batch(now);
+        if ask_for_challenges(&mut core, notices, caller, now) {
+            core.finish_batch(now);
+        }
         door.apply(core.ops())?;
         if let Some(done) = yielding.take_if(|_| !core.accepts()) {
             // The asker may have stopped waiting.
@@ -244,6 +255,30 @@ fn run(
     // Before the inbox goes, so that whoever sees that gone finds this.
     let _ = facts.last.set(core.snapshot(clock() / 1_000, true));
     Ok(())
+}
+
+/// How this thread is called.
+struct Caller {
+    commands: SyncSender<Command>,
+    waker: Arc<EventFd>,
+}
+
+/// Has files read that are wanted. True when some cannot be, and the core has been told so.
+fn ask_for_challenges(core: &mut Core, notices: &Notices, caller: &Caller, now: Millis) -> bool {
+    let mut told = false;
+    for Challenge { sock, token } in core.take_challenges() {
+        let (commands, waker) = (caller.commands.clone(), caller.waker.clone());
+        let answer = Box::new(move |contents| {
+            // Fails only where the thread has ended, and then nobody waits any more.
+            let _ = commands.send(Command::Challenge(sock, contents)).map(|()| waker.write(1));
+        });
+        let asked = notices.challenges.as_ref().map(|queue| queue.try_send(Question { token, answer }));
+        if !matches!(asked, Some(Ok(()))) {
+            core.challenge_read(now, sock, None);
+            told = true;
+        }
+    }
+    told
 }
 
 fn obey(
@@ -298,6 +333,7 @@ fn obey(
         }
         Command::Stop => core.stop(now),
         Command::Abort => core.abort(now),
+        Command::Challenge(sock, contents) => core.challenge_read(now, sock, contents),
         Command::Beat(number) => facts.beat.store(number, Ordering::Relaxed),
     }
 }

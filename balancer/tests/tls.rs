@@ -488,6 +488,37 @@ fn changed_ciphertext_breaks_the_connection_off_and_is_counted() {
 }
 
 #[test]
+fn challenges_of_acme_are_answered_from_their_folder_and_others_by_the_app() {
+    let app = App::named("the app");
+    let dir = tempfile::tempdir().expect("a folder");
+    let below = dir.path().join(".well-known/acme-challenge");
+    let secure = Secure::start(
+        "https",
+        &[("a", &["a.example"])],
+        &["--acme-dir", dir.path().to_str().expect("a path"), "--threads", "2"],
+    );
+    let ask = |path: &str| {
+        let mut client = TcpStream::connect(secure.balancer.http).expect("a connection");
+        client.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        get(&mut client, "new.example", &format!("/.well-known/acme-challenge/{path}"))
+    };
+    // An ACME client makes the folder when it needs it, and no app has to be there.
+    std::fs::create_dir_all(&below).expect("made");
+    std::fs::write(below.join("Tok-en_1"), "Tok-en_1.thumb").expect("written");
+    assert_eq!(ask("Tok-en_1").1, b"Tok-en_1.thumb");
+    assert!(ask("absent").0.starts_with("HTTP/1.1 503"), "no app is deployed");
+    secure.balancer.route("*", &[("app", app.address, "up")]);
+    for path in ["absent", "", "a/b", "..%2f", "Tok-en_1?query", &"x".repeat(200)] {
+        assert_eq!(ask(path).1, b"the app", "{path}");
+    }
+    assert_eq!(ask("Tok-en_1").1, b"Tok-en_1.thumb");
+    // A challenge is for plain HTTP alone.
+    let mut client = connect(&secure.authority.client(&[&TLS13]), secure.address, "a.example");
+    assert_eq!(get(&mut client, "a.example", "/.well-known/acme-challenge/Tok-en_1").1, b"the app");
+    assert_eq!(secure.counter(|counters| counters.acme_challenges), 2);
+}
+
+#[test]
 fn an_idle_connection_is_closed_with_a_goodbye() {
     let app = telling();
     let secure = Secure::start("https", &[("a", &["a.example"])], &["--idle-timeout-ms", "200"]);

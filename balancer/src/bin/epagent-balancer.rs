@@ -186,6 +186,9 @@ struct CommonArgs {
     /// Certificates for TLS listeners: NAME.crt with NAME.key, or NAME/fullchain.pem with NAME/privkey.pem
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<PathBuf>,
+    /// Answer ACME http-01 challenges from here, the --webroot of an ACME client, on plain HTTP listeners
+    #[arg(long, value_name = "DIR")]
+    acme_dir: Option<PathBuf>,
     /// Most client connections [default: what the descriptor limit allows]
     #[arg(long, value_name = "COUNT")]
     max_connections: Option<u64>,
@@ -502,6 +505,7 @@ impl CommonArgs {
             io: self.io,
             unix_root: self.unix_root.clone(),
             tls_dir: self.tls_dir.clone(),
+            acme_dir: self.acme_dir.clone(),
             access_log: self.access_log.clone().map(|target| LogOptions {
                 target,
                 format: self.access_log_format.into(),

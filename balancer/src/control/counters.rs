@@ -70,6 +70,8 @@ counters! {
     unknown_host,
     /// 421: the host is not one the TLS connection was made for.
     misdirected,
+    /// ACME challenges answered from their folder.
+    acme_challenges,
     /// TLS handshakes done.
     tls_handshakes,
     /// Those of them that continued an earlier session.

@@ -188,14 +188,12 @@ impl Core {
     /// A request was understood: find its route and an upstream.
     fn begin(&mut self, id: SockId, plan: request::RequestPlan, head_bytes: usize) {
         self.counters.requests += 1;
-        let route = self.routes.by_host(&plan.host);
-        let has_hosts = self.routes.has_hosts();
         let now_us = self.now_us();
         let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return };
         http.requests += 1;
         http.phase = Phase::Waiting;
         // A key that no route has stands for none until the answer below is given.
-        let wait = Wait::at(route.unwrap_or(super::slab::RouteKey::NONE));
+        let wait = Wait::at(super::slab::RouteKey::NONE);
         let flow = Flow { bytes_in: head_bytes as u64, ..Flow::new(http.address, now_us) };
         http.request = Some(Request {
             flow,
@@ -211,11 +209,24 @@ impl Core {
             upgrade: plan.upgrade,
             fresh_only: false,
             expects: plan.expects,
+            awaits_challenge: false,
             reply: None,
         });
-        let misdirected = http.is_misdirected();
+        if http.is_misdirected() {
+            self.answer(id, Answer::Misdirected);
+        } else if !self.is_challenge(id) {
+            self.find_route(id);
+        }
+    }
+
+    /// Gives a request to the route of its host.
+    pub(super) fn find_route(&mut self, id: SockId) {
+        let has_hosts = self.routes.has_hosts();
+        let Some(http) = self.socks.get_mut(id).and_then(Sock::http) else { return };
+        let Some(request) = &mut http.request else { return };
+        let route = self.routes.by_host(&request.host);
+        request.wait = Wait::at(route.unwrap_or(super::slab::RouteKey::NONE));
         match route {
-            _ if misdirected => self.answer(id, Answer::Misdirected),
             Some(_) => self.admit(id),
             None if has_hosts => self.answer(id, Answer::UnknownHost),
             None => self.answer(id, Answer::NoRoutes),

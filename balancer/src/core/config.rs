@@ -19,6 +19,8 @@ pub struct Config {
     pub overload_grace_ms: Millis,
     /// What each listener takes that was given no limits of its own.
     pub listener_limits: ListenerLimits,
+    /// Look for the files of ACME challenges before their routes.
+    pub acme: bool,
     /// Note every request's end for the access log.
     pub access_log: bool,
     /// Of what went well, note one in so many.
@@ -116,6 +118,7 @@ impl Default for Config {
             overload_grace_ms: 1_000,
             listener_limits: ListenerLimits::default(),
             request_id_seed: [0; 2],
+            acme: false,
             access_log: false,
             access_log_sample: 1,
             access_log_agent: false,

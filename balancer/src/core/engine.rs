@@ -13,6 +13,7 @@ use std::rc::Rc;
 
 use super::accept::Listener;
 use super::access::Access;
+use super::acme::Challenge;
 use super::checks::Checks;
 use super::chunk::Chunk;
 use super::config::Config;
@@ -68,6 +69,7 @@ pub struct Core {
     pub(super) counters: Counters,
     pub(super) out: Vec<Op>,
     pub(super) access: Vec<Access>,
+    pub(super) challenges: Vec<Challenge>,
     /// Whose turn it is to be logged, when what went well is sampled.
     pub(super) access_turn: u32,
     /// What is said in place of our own answers, by their codes.

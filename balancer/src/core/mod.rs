@@ -19,6 +19,7 @@
 //! | `actions` | routes that answer by themselves |
 //! | [`refusal`] | why a tenant's unix socket is not connected to |
 //! | `remarks` | what an operator should see in the log |
+//! | [`acme`] | challenges, whose files others read |
 //! | [`secure`] | TLS, of which the core sees only when it begins, what it proved, and its end |
 //! | `flow`, [`access`] | one request from its beginning to its end, and what the log is told of it |
 //! | [`histogram`] | how long things took |
@@ -33,6 +34,7 @@
 
 mod accept;
 pub mod access;
+pub mod acme;
 mod actions;
 mod activity;
 mod checks;

@@ -191,6 +191,8 @@ pub struct Request {
     pub fresh_only: bool,
     /// The client waits for a word before it sends the body.
     pub expects: bool,
+    /// It is for an ACME challenge, whose file is being read.
+    pub awaits_challenge: bool,
     /// What its route answers once the body is dropped.
     pub reply: Option<Rc<Reply>>,
 }

@@ -54,6 +54,7 @@ use crate::notify::Notifier;
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
 use crate::table::Table;
+use crate::tls::acme::{self, AcmeError};
 use crate::tls::context::Context;
 use crate::unix::{FolderError, UnixSockets};
 use crate::watchdog::Watchdog;
@@ -73,6 +74,8 @@ pub struct Options {
     pub io: IoChoice,
     /// Below it, tenants have unix sockets that are upstreams.
     pub unix_root: Option<PathBuf>,
+    /// Where an ACME client puts its challenges.
+    pub acme_dir: Option<PathBuf>,
     /// Certificates for TLS listeners, with their keys.
     pub tls_dir: Option<PathBuf>,
     /// Where the table is kept; without it, nothing survives the process.
@@ -117,6 +120,8 @@ pub enum ServerError {
     Worker(#[from] StartError),
     #[error("cannot use a listener")]
     Listen(#[from] ListenError),
+    #[error(transparent)]
+    Acme(#[from] AcmeError),
     #[error("cannot set up TLS")]
     Tls(#[from] rustls::Error),
     #[error("cannot open the access log")]
@@ -194,6 +199,7 @@ impl Server {
         let config = Config {
             connections_max: connections_max.div_ceil(u64::from(threads)),
             threads,
+            acme: options.acme_dir.is_some(),
             seed: random_seed(),
             access_log: options.access_log.is_some(),
             access_log_sample: options.access_log.as_ref().map_or(1, |log| log.sample),
@@ -204,7 +210,8 @@ impl Server {
             options.access_log.as_ref().map(RunningLog::start).transpose().map_err(ServerError::AccessLog)?;
         let remarks = say::start_remarking().map_err(ServerError::Log)?;
         let near_end = || log.as_ref().map(RunningLog::near_end);
-        let notices = Notices { ended: worker_ended.clone(), starved: starved.clone(), remarks };
+        let challenges = options.acme_dir.as_deref().map(acme::start).transpose()?;
+        let notices = Notices { ended: worker_ended.clone(), starved: starved.clone(), remarks, challenges };
         let start = |index| {
             let config = Config { request_id_seed: [random_seed(), random_seed()], ..config.clone() };
             Worker::start(index, doors.clone(), config, near_end(), notices.clone())

@@ -17,6 +17,7 @@
 //! | [`outgoing`] | ciphertext that waits |
 //! | [`context`], [`certificates`] | what connections share; which certificate is shown |
 //! | [`folder`], [`x509`] | certificates in files; when they are valid |
+//! | [`acme`] | the files by which an ACME client proves that it is us |
 //!
 //! Faults each have a counter and a code ([`crate::core::secure::TlsFault`]). An end without a goodbye is
 //! told from one with it ([`crate::core::io::RecvEnd::Cut`]). What a connection may cost is bounded: see
@@ -24,6 +25,7 @@
 //!
 //! kTLS is not used: the kernel cannot be handed the tickets and key updates that rustls keeps.
 
+pub mod acme;
 pub mod certificates;
 mod conn;
 pub mod context;
