@@ -49,7 +49,7 @@ fn a_hundred_route_changes_a_second_fail_nobody() {
         let shop = host_route("shop.example", &[instance(up, "up"), instance(down, "draining")]);
         let other = host_route(&format!("host-{step}.example"), &[instance(up, "up")]);
         let db = port_route(port, &[instance(up, "up")]);
-        if step % 4 == 0 { [shop, other, db].join(",") } else { [shop, other].join(",") }
+        if step.is_multiple_of(4) { [shop, other, db].join(",") } else { [shop, other].join(",") }
     };
     balancer.routes(&table(0));
     let load = Load::start(balancer.http, (4, 2), |response| matches!(response.body.as_slice(), b"a" | b"b"));
@@ -92,7 +92,7 @@ fn a_thousand_that_wait_are_all_answered_and_of_more_the_oldest_are_shed() {
     for (n, client) in clients.iter_mut().enumerate() {
         client.send("GET / HTTP/1.1\r\nHost: shop.example\r\n\r\n");
         // One after the other, so that who is oldest is known.
-        if n < MORE || n >= MOST {
+        if !(MORE..MOST).contains(&n) {
             until("it waits", || balancer.status().routes[0].held_total > n as u64);
         }
     }
@@ -299,7 +299,7 @@ fn connections_that_come_go_and_break_off_leave_nothing_behind() {
 
 /// One connection that is closed, or reset, at some point of its life.
 fn break_off(choice: u64, http: SocketAddr, tcp: SocketAddr) -> std::io::Result<()> {
-    let mut client = Client::try_connect(if choice % 5 == 0 { tcp } else { http })?;
+    let mut client = Client::try_connect(if choice.is_multiple_of(5) { tcp } else { http })?;
     let path = ["/", "/die", "/half", "/large"][(choice / 5 % 4) as usize];
     let request = format!("GET {path} HTTP/1.1\r\nHost: shop.example\r\n\r\n");
     let said = match choice / 20 % 4 {
@@ -317,7 +317,7 @@ fn break_off(choice: u64, http: SocketAddr, tcp: SocketAddr) -> std::io::Result<
         _ if said == request.len() => _ = client.try_read(false)?,
         _ => {}
     }
-    if choice / 2_000 % 2 == 0 {
+    if (choice / 2_000).is_multiple_of(2) {
         reset(client.stream.get_ref());
     }
     Ok(())
