@@ -9,6 +9,8 @@
 mod access_log;
 #[path = "actions.rs"]
 mod actions;
+#[path = "bytes.rs"]
+mod bytes;
 #[path = "churn.rs"]
 mod churn;
 #[path = "config_file.rs"]
@@ -43,6 +45,8 @@ mod reconcile;
 mod seeing;
 #[path = "service.rs"]
 mod service;
+#[path = "slow_readers.rs"]
+mod slow_readers;
 #[path = "smuggling.rs"]
 mod smuggling;
 #[path = "tcp.rs"]

@@ -53,6 +53,9 @@ impl Config {
     /// ...and goes on when less than this is left: in bulk, the next bytes are received while the last ones
     /// are being sent.
     pub const BACKLOG_LOW_BYTES: usize = 256 * 1024;
+    /// The same marks for what waits in memory of our own.
+    pub const SPILL_HIGH_BYTES: usize = 128 * 1024;
+    pub const SPILL_LOW_BYTES: usize = 32 * 1024;
     /// What a bulk flow receives at a time.
     pub const BULK_BYTES: u32 = 256 * 1024;
     /// A bulk flow that brings less than this at a time is one of small messages again.

@@ -29,7 +29,7 @@ use super::session::{Finish, Phase, Recv, Role, Sock};
 use super::slab::{RouteKey, Slab};
 use super::timers::Timers;
 use super::upstreams::Upstreams;
-use crate::control::protocol::{Counters, RouteStatus, UpstreamStatus};
+use crate::control::protocol::{Counters, MemoryStatus, RouteStatus, UpstreamStatus};
 use crate::table::Table;
 use crate::table::actions::Page;
 
@@ -91,6 +91,7 @@ pub struct Snapshot {
     pub routes: Vec<RouteStatus>,
     pub upstreams: Vec<UpstreamStatus>,
     pub counters: Counters,
+    pub memory: MemoryStatus,
 }
 
 impl Core {
@@ -276,6 +277,7 @@ impl Core {
             routes: self.routes.entries().map(route).collect(),
             upstreams: self.upstreams.iter().map(|(_, upstream)| upstream.status(latency)).collect(),
             counters: self.counters.clone(),
+            memory: self.memory.status(),
         }
     }
 

@@ -13,10 +13,13 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
+use crate::control::protocol::MemoryStatus;
+
 /// The bounds of one core.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Size of one of the door's shared buffers.
+    /// The door's shared buffers: how many, and the size of one.
+    pub buffers: usize,
     pub buffer_bytes: u32,
     /// Shared buffers that may stay lent from one batch to the next.
     pub lent_max: usize,
@@ -34,6 +37,7 @@ impl Limits {
     pub fn of_thread(buffers: u16, buffer_bytes: usize, threads: u32) -> Self {
         let spill_bytes_max = Self::SPILL_BYTES_MAX / threads.max(1) as usize;
         Self {
+            buffers: usize::from(buffers),
             buffer_bytes: buffer_bytes.min(u32::MAX as usize) as u32,
             lent_max: usize::from(buffers) / 2,
             pressed_bytes: spill_bytes_max / 2,
@@ -71,6 +75,16 @@ impl Budget {
 
     pub fn limits(&self) -> Limits {
         self.limits
+    }
+
+    pub fn status(&self) -> MemoryStatus {
+        MemoryStatus {
+            buffers_bytes: self.limits.buffers as u64 * u64::from(self.limits.buffer_bytes),
+            lent_buffers: self.lent.get() as u64,
+            lent_buffers_max: self.limits.lent_max as u64,
+            waiting_bytes: self.spilled_bytes.get() as u64,
+            waiting_bytes_max: self.limits.spill_bytes_max as u64,
+        }
     }
 
     /// Buffers that may yet be lent.
@@ -132,8 +146,13 @@ mod tests {
 
     #[test]
     fn a_share_is_given_back_with_its_owner() {
-        let budget =
-            Budget::new(Limits { buffer_bytes: 16, lent_max: 4, pressed_bytes: 50, spill_bytes_max: 100 });
+        let budget = Budget::new(Limits {
+            buffers: 8,
+            buffer_bytes: 16,
+            lent_max: 4,
+            pressed_bytes: 50,
+            spill_bytes_max: 100,
+        });
         let mut share = Share::new(&budget);
         share.set(3, 60);
         assert_eq!((budget.lent_left(), budget.is_pressed(), budget.is_exceeded()), (1, true, false));

@@ -164,8 +164,11 @@ impl Core {
         };
         let (slow, pressed) = (peer.out.is_slow(), self.memory.is_pressed());
         let limit_bytes = match sock.recv {
+            Recv::Armed if pressed => Config::PRESSED_BYTES as usize,
+            Recv::Armed if peer.out.is_spilling() => Config::SPILL_HIGH_BYTES,
             Recv::Armed => Config::BACKLOG_HIGH_BYTES,
             _ if slow || pressed => 1,
+            _ if peer.out.is_spilling() => Config::SPILL_LOW_BYTES,
             _ => Config::BACKLOG_LOW_BYTES,
         };
         let bulk = !peer.out.is_empty() || (sock.cautious && sock.taken_bytes >= Config::QUIET_BYTES);

@@ -45,6 +45,9 @@ use crate::unix::UnixSockets;
 
 /// Most events taken in one wake.
 const EVENTS_MAX: usize = 1024;
+/// With so many receives a batch has its fill: what is received has to be sent, and meanwhile nobody is
+/// received from.
+const RECEIVES_PER_BATCH_MAX: usize = 128;
 /// Most connections accepted from one listener in one wake.
 const ACCEPTS_PER_WAKE_MAX: usize = 64;
 
@@ -295,9 +298,13 @@ impl Epoll {
         line_up(slot, &mut self.due);
     }
 
-    /// Everybody in line has one turn.
+    /// Those in line have one turn each, until the batch has received its fill; then the others are first.
     fn take_turns(&mut self, out: &mut Vec<Completion>) {
+        let enough = out.len() + RECEIVES_PER_BATCH_MAX;
         for _ in 0..self.due.len() {
+            if out.len() >= enough {
+                return;
+            }
             let Some(sock) = self.due.pop_front() else { return };
             let Some(slot) = find(&mut self.slots, sock) else { continue };
             slot.due = false;

@@ -40,6 +40,17 @@ fn process(text: &mut Text, status: &Status) {
         "Processes that have handed over and finish what they carry.",
     );
     text.sample(&[], status.draining.len());
+    let memory = &status.memory;
+    text.family("receive_buffers_bytes", Kind::Gauge, "All receive buffers; used ones take memory.");
+    text.sample(&[], memory.buffers_bytes);
+    text.family("lent_buffers", Kind::Gauge, "Receive buffers lent to sends that wait for a peer.");
+    text.sample(&[], memory.lent_buffers);
+    text.family("lent_buffers_max", Kind::Gauge, "Most receive buffers that may be lent.");
+    text.sample(&[], memory.lent_buffers_max);
+    text.family("waiting_bytes", Kind::Gauge, "Bytes that wait in memory for peers that do not keep up.");
+    text.sample(&[], memory.waiting_bytes);
+    text.family("waiting_bytes_max", Kind::Gauge, "Most bytes that may wait in memory.");
+    text.sample(&[], memory.waiting_bytes_max);
     text.family("routes", Kind::Gauge, "Routes of the table.");
     text.sample(&[], status.routes.len());
     text.family("upstreams", Kind::Gauge, "Upstreams by state.");

@@ -100,6 +100,7 @@ fn busy() -> Response {
 /// Sums what the threads say.
 fn add_snapshot(status: &mut Status, snapshot: Snapshot) {
     status.counters.add(&snapshot.counters);
+    status.memory.add(&snapshot.memory);
     for route in snapshot.routes {
         match status.routes.iter_mut().find(|known| known.id == route.id) {
             Some(known) => known.add(&route),
