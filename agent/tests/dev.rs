@@ -154,7 +154,9 @@ fn is_alive(pid: i32) -> bool {
 fn each_part_is_its_own_user_and_sees_its_own_folder_only() {
     let dev = Dev::start();
     let mut users = Vec::new();
-    for (folder, sockets) in [("brain", "admin,read"), ("balancer", "http,control"), ("lease", "lease")] {
+    for (folder, sockets) in
+        [("brain", "admin,read"), ("balancer", "http,control,program"), ("lease", "lease")]
+    {
         let facts = dev.facts(folder);
         assert_eq!(facts["sockets"], sockets);
         assert_eq!(facts["Uid"], facts["Gid"]);
@@ -178,10 +180,11 @@ fn each_part_is_its_own_user_and_sees_its_own_folder_only() {
 }
 
 #[test]
-fn a_part_inherits_nothing_but_its_sockets() {
+fn a_part_inherits_nothing_but_what_is_its_own() {
     let dev = Dev::start();
+    // The balancer has the folder of the programs beside its two sockets, to hand over to the one that lies there.
     for (part, sockets) in
-        [("epagentd", 2), ("epagent-runner", 1), ("epagent-balancer", 2), ("epagent-lease", 1)]
+        [("epagentd", 2), ("epagent-runner", 1), ("epagent-balancer", 3), ("epagent-lease", 1)]
     {
         let pid = dev.pid_of(part);
         dev.facts(if part == "epagentd" { "brain" } else { part.trim_start_matches("epagent-") });
@@ -190,7 +193,9 @@ fn a_part_inherits_nothing_but_its_sockets() {
             // stdin, stdout and stderr; what the part itself opens for a moment is closed again.
             (open == 3 + sockets).then_some(())
         };
-        eventually(&format!("{part} has {sockets} sockets and nothing else"), count, || dev.said());
+        eventually(&format!("{part} has {sockets} descriptors of its own and nothing else"), count, || {
+            dev.said()
+        });
     }
     dev.end();
 }
