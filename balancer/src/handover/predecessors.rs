@@ -152,6 +152,10 @@ impl Predecessor {
             None => self.channel.send(message, &[]),
         };
         if let Err(error) = sent {
+            // One that has just ended has left its last word, which is what its counts go on from.
+            while let Ok(Some(parcel)) = self.channel.receive() {
+                self.note(parcel, &mut Vec::new());
+            }
             self.lose(&error);
         }
     }
