@@ -220,7 +220,7 @@ struct CommonArgs {
     #[arg(long, default_value_t = 512, value_name = "COUNT")]
     buffers: u16,
     /// Size of a receive buffer, in bytes
-    #[arg(long, default_value_t = 16 * 1024, value_name = "BYTES")]
+    #[arg(long, default_value_t = 32 * 1024, value_name = "BYTES")]
     buffer_bytes: usize,
     /// How long a request's header may take
     #[arg(long, default_value_t = 10_000, value_name = "MS")]

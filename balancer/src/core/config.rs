@@ -56,10 +56,12 @@ impl Config {
     /// The same marks for what waits in memory of our own.
     pub const SPILL_HIGH_BYTES: usize = 128 * 1024;
     pub const SPILL_LOW_BYTES: usize = 32 * 1024;
-    /// What a bulk flow receives at a time.
-    pub const BULK_BYTES: u32 = 256 * 1024;
-    /// A bulk flow that brings less than this at a time is one of small messages again.
-    pub const QUIET_BYTES: u32 = 16 * 1024;
+    /// What a bulk flow receives at a time: the more of them there are, the less.
+    pub const BULK_BYTES_MIN: u32 = 256 * 1024;
+    pub const BULK_BYTES_MAX: u32 = 1024 * 1024;
+    /// A flow of which this much waits or comes at a time is a bulk flow; with less it is one of small
+    /// messages again.
+    pub const QUIET_BYTES: usize = 16 * 1024;
     /// What is received at a time for a peer that does not keep up, once it has taken what it had...
     pub const SLOW_BYTES: u32 = 64 * 1024;
     /// ...and when half of the memory for such peers is in use.

@@ -48,7 +48,7 @@ impl Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self::of_thread(512, 16 * 1024, 1)
+        Self::of_thread(512, 32 * 1024, 1)
     }
 }
 

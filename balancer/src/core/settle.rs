@@ -104,7 +104,7 @@ impl Core {
                 sock.recv = Recv::Armed;
                 sock.bounded = mode != RecvMode::Many;
                 sock.cautious =
-                    matches!(mode, RecvMode::Once { limit_bytes } if limit_bytes == Config::BULK_BYTES);
+                    matches!(mode, RecvMode::Once { limit_bytes } if limit_bytes >= Config::BULK_BYTES_MIN);
                 sock.taken_bytes = 0;
                 // It could not send while we did not take: its time begins now.
                 sock.moved_at = now;
@@ -171,7 +171,8 @@ impl Core {
             _ if peer.out.is_spilling() => Config::SPILL_LOW_BYTES,
             _ => Config::BACKLOG_LOW_BYTES,
         };
-        let bulk = !peer.out.is_empty() || (sock.cautious && sock.taken_bytes >= Config::QUIET_BYTES);
+        let brought = if sock.cautious { sock.taken_bytes } else { 0 };
+        let bulk = peer.out.bytes().max(brought as usize) >= Config::QUIET_BYTES;
         if peer.out.bytes() >= limit_bytes {
             return Wanted::Pause;
         }
@@ -181,9 +182,16 @@ impl Core {
                 RecvMode::Once { limit_bytes: self.memory.limits().buffer_bytes.min(Config::SLOW_BYTES) }
             }
             () if slow => RecvMode::Once { limit_bytes: Config::SLOW_BYTES },
-            () if bulk => RecvMode::Once { limit_bytes: Config::BULK_BYTES },
+            () if bulk => RecvMode::Once { limit_bytes: self.bulk_bytes() },
             () => RecvMode::Many,
         })
+    }
+
+    /// A share of the buffers that are left to lend, within bounds: few flows are cheapest in large strokes, and
+    /// many must not use up the buffers.
+    fn bulk_bytes(&self) -> u32 {
+        let share = self.memory.lent_left() / 8 * self.memory.limits().buffer_bytes as usize;
+        (share as u32).clamp(Config::BULK_BYTES_MIN, Config::BULK_BYTES_MAX)
     }
 
     fn settle_timer(&mut self, id: SockId) {

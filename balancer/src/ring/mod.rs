@@ -200,14 +200,15 @@ impl Ring {
     fn recv(&mut self, sock: SockId, mode: RecvMode) -> io::Result<()> {
         let Some(fd) = self.fd(sock) else { return Ok(()) };
         self.slot_mut(sock.index).in_flight += 1;
+        let size = self.buffers.size() as u32;
         let entry = match (mode, self.receives) {
             (RecvMode::Many, Receives { capped: true, .. }) => setup::recv_capped(fd, CAP_BYTES),
             (RecvMode::Many, _) => opcode::RecvMulti::new(Fd(fd), GROUP).build(),
-            (RecvMode::Once { limit_bytes }, Receives { bundles: true, .. }) => {
-                setup::recv_bundle(fd, limit_bytes)
+            (RecvMode::Once { limit_bytes }, Receives { bundles: true, .. }) if limit_bytes >= size => {
+                setup::recv_bundle(fd, limit_bytes / size, size)
             }
             (RecvMode::Once { limit_bytes }, _) => {
-                let len = limit_bytes.min(self.buffers.size() as u32);
+                let len = limit_bytes.min(size);
                 opcode::Recv::new(Fd(fd), std::ptr::null_mut(), len)
                     .buf_group(GROUP)
                     .build()

@@ -63,8 +63,8 @@ pub fn make(buffer_count: u16, buffer_size: usize) -> Result<(IoUring, Buffers),
 /// What this kernel's receives can do beyond one buffer at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Receives {
-    /// One receive of a given length fills several buffers (Linux 6.15). Without, bulk flows receive a buffer
-    /// at a time.
+    /// One receive fills several buffers, and no more than it may (Linux 6.16). Without, bulk flows receive a
+    /// buffer at a time.
     pub bundles: bool,
     /// A multishot receive ends by itself after a given number of bytes (Linux 6.17), so it may fill several
     /// buffers at a time and still not take all there are. Without, it fills one at a time.
@@ -72,32 +72,37 @@ pub struct Receives {
 }
 
 impl Receives {
-    /// Finds out by trying, with the bytes compared. Linux 6.15 itself could skip part of a buffer after a
-    /// short receive, which a try would not show; it is known by its name.
+    /// Finds out by trying, with the bytes compared: earlier kernels have bundles (6.10), but fill one buffer
+    /// only, or more than they were asked to, or leave gaps.
     pub fn probe(uring: &mut IoUring, buffers: &mut Buffers) -> Self {
-        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let known_bad = release.starts_with("6.15.");
-        let len = 2 * buffers.size() as u32;
-        let mut works = |entry: fn(RawFd, u32) -> squeue::Entry| {
-            !known_bad && hears(uring, buffers, entry, len).unwrap_or(false)
-        };
-        let bundles = works(recv_bundle);
-        Self { bundles, capped: bundles && works(recv_capped) }
+        let size = buffers.size() as u32;
+        let bundles = hears_two_buffers(uring, buffers, |fd| recv_bundle(fd, 2, size));
+        let capped = bundles && hears_two_buffers(uring, buffers, |fd| recv_capped(fd, 2 * size));
+        Self { bundles, capped }
     }
 }
 
-/// Whether a receive of `len` bytes brings as many, of more that were sent, as they were sent.
-fn hears(
+fn hears_two_buffers(
     uring: &mut IoUring,
     buffers: &mut Buffers,
-    entry: fn(RawFd, u32) -> squeue::Entry,
-    len: u32,
+    entry: impl FnOnce(RawFd) -> squeue::Entry,
+) -> bool {
+    // What fails is not there; what every kernel can do will do.
+    try_two_buffers(uring, buffers, entry).unwrap_or(false)
+}
+
+/// Whether a receive fills two buffers, of somewhat more that was sent, as it was sent.
+fn try_two_buffers(
+    uring: &mut IoUring,
+    buffers: &mut Buffers,
+    entry: impl FnOnce(RawFd) -> squeue::Entry,
 ) -> io::Result<bool> {
+    let len = 2 * buffers.size();
     let (mut ours, theirs) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;
-    let said: Vec<u8> = (0..len + 1).map(|at| (at % 251) as u8).collect();
+    let said: Vec<u8> = (0..len + len / 4).map(|at| (at % 251) as u8).collect();
     let _some = ours.write(&said)?;
-    let entry = entry(theirs.as_raw_fd(), len);
+    let entry = entry(theirs.as_raw_fd());
     // SAFETY: the entry refers to no memory of its own, and to a descriptor that is open.
     unsafe { uring.submission().push(&entry) }.map_err(io::Error::other)?;
     let mut heard = Vec::new();
@@ -113,15 +118,16 @@ fn hears(
         }
         buffers.give_back();
         if over {
-            return Ok(heard == said[..len as usize]);
+            return Ok(heard == said[..len]);
         }
     }
 }
 
-/// A receive into as many buffers as `len` bytes need; it ends with what has come.
-pub fn recv_bundle(fd: RawFd, len: u32) -> squeue::Entry {
+/// A receive into at most so many buffers; it ends with what has come. One byte more is asked for than they
+/// hold: having filled all it may fill, the kernel would otherwise go on with what else the socket has.
+pub fn recv_bundle(fd: RawFd, buffers: u32, size: u32) -> squeue::Entry {
     let mut entry = opcode::RecvBundle::new(Fd(fd), GROUP).build();
-    set_field(&mut entry, LEN_OFFSET, len);
+    set_field(&mut entry, LEN_OFFSET, buffers.saturating_mul(size).saturating_add(1));
     entry
 }
 
