@@ -351,11 +351,38 @@ fn json_is_the_agents_answer_to_the_letter() {
     let list = json!([{ "z": 1, "app": "shop", "a": [null] }]);
     let text = list.to_string();
     let agent = Agent::new(move |_, _| Answer::Json(200, list.clone()));
-    for line in
-        ["ps --json", "apps --json", "image ls --json", "volume ls --json", "errors --json", "events --json"]
-    {
+    for line in [
+        "ps --json",
+        "apps --json",
+        "image ls --json",
+        "volume ls --json",
+        "errors --json",
+        "events --json",
+        "balancer connections --json",
+    ] {
         assert_eq!(agent.run(line).stdout.trim(), text, "{line}");
     }
+}
+
+#[test]
+fn connections_are_shown_by_what_they_were_asked_for() {
+    let row = json!({ "client": "192.0.2.7:4711", "listener": "http", "state": "held", "route": "shop/web/0",
+                      "age_ms": 180_000, "idle_ms": 900, "requests": 3, "bytes_in": 2048, "bytes_out": 0 });
+    let route = json!({ "target": "*.example", "action": "proxy", "route": "shop/web/0", "app": "shop",
+                        "word": null, "since": null, "upstreams": [], "trouble": null });
+    let agent = Agent::new(move |_, request| match request.line.contains("/v1/routes") {
+        true => Answer::Json(200, json!([route])),
+        false => Answer::Json(200, json!({ "rows": [row], "next": 17 })),
+    });
+    let ran = agent.run("balancer connections shop --route *.example -n 1");
+    assert_eq!(ran.code, 0, "{ran:?}");
+    let asked = "GET /v1/balancer/connections?limit=1&app=shop&route=%2A.example HTTP/1.1";
+    assert_eq!(agent.seen()[0].line, asked);
+    let words: Vec<&str> = ran.stdout.lines().nth(1).unwrap_or_default().split_whitespace().collect();
+    let expected = "192.0.2.7:4711 http held *.example - 3 min 0 s 3 2.0 KiB 0 B";
+    assert_eq!(words.join(" "), expected, "{ran:?}");
+    assert!(ran.stderr.contains("more than these 1"), "{ran:?}");
+    assert_eq!(agent.run("balancer connections --limit 0").code, 2);
 }
 
 #[test]

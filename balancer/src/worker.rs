@@ -1,5 +1,6 @@
 //! A data-path thread: one core, one door, and a queue of commands from the control thread.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -48,7 +49,7 @@ pub enum Command {
     Connections {
         from: u32,
         limit: usize,
-        route: Option<String>,
+        routes: BTreeSet<String>,
         reply: Sender<(Vec<Connection>, Option<u32>)>,
     },
     /// Which routes starve.
@@ -319,8 +320,8 @@ fn obey(
         Command::Status { latency, reply } => {
             let _ = reply.send(core.snapshot(now, latency));
         }
-        Command::Connections { from, limit, route, reply } => {
-            let _ = reply.send(core.connections(now, from, limit, route.as_deref()));
+        Command::Connections { from, limit, routes, reply } => {
+            let _ = reply.send(core.connections(now, from, limit, &routes));
         }
         Command::Starving(reply) => {
             let _ = reply.send(core.starving());

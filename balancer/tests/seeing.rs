@@ -73,8 +73,13 @@ fn each_connection_shows_what_it_is_doing() {
     assert_eq!(facts(4), (ConnectionState::Tunnel, Some(tunnel.as_str()), Some("tcp")));
     assert_eq!((rows[0].listener.as_str(), rows[0].requests), ("http", 1));
     assert_eq!(rows[4].listener, format!("tcp-{port}"));
-    let query = ConnectionsQuery { route: Some("held.example".to_owned()), ..ConnectionsQuery::default() };
-    assert_eq!(balancer.control().connections(query).expect("a page").rows.len(), 1);
+    for (routes, count) in
+        [(&["held.example"][..], 1), (&["held.example", "silent.example"], 2), (&["none.example"], 0)]
+    {
+        let routes = routes.iter().map(|id| (*id).to_owned()).collect();
+        let query = ConnectionsQuery { routes, ..ConnectionsQuery::default() };
+        assert_eq!(balancer.control().connections(query).expect("a page").rows.len(), count);
+    }
 }
 
 #[test]

@@ -166,3 +166,39 @@ fn the_agent_reads_the_balancers_counts_and_times() {
         serde_json::from_str::<protocol::Request>(&sent).unwrap_or_else(|error| panic!("{error}: {sent}"));
     }
 }
+
+#[test]
+fn both_sides_mean_the_same_by_a_connection() {
+    use epagent_balancer::control::connections as their;
+    let query =
+        ours::ConnectionsQuery { limit: 5, after: Some(1 << 32), routes: ["shop/web/0".to_owned()].into() };
+    let sent = serde_json::to_string(&ours::Request::Connections(query)).unwrap();
+    match serde_json::from_str(&sent).unwrap_or_else(|error| panic!("{error}: {sent}")) {
+        protocol::Request::Connections(query) => {
+            assert_eq!((query.limit, query.after), (5, Some(1 << 32)));
+            assert_eq!(query.routes, ["shop/web/0".to_owned()].into());
+        }
+        other => panic!("{other:?}"),
+    }
+    let row = their::Connection {
+        client: Some("192.0.2.7:4711".to_owned()),
+        listener: "https".to_owned(),
+        state: their::ConnectionState::Held,
+        route: Some("shop/web/0".to_owned()),
+        upstream: Some("shop-a".to_owned()),
+        age_ms: 1,
+        idle_ms: 2,
+        requests: 3,
+        bytes_in: 4,
+        bytes_out: 5,
+    };
+    let text = serde_json::to_string(&protocol::Response::Connections(their::Connections {
+        rows: vec![row],
+        next: Some(6),
+    }))
+    .unwrap();
+    let ours::Response::Connections(read) = serde_json::from_str(&text).unwrap() else { panic!("{text}") };
+    // Every field, by what both write.
+    let again = serde_json::to_string(&ours::Response::Connections(read)).unwrap();
+    assert_eq!(again, text);
+}

@@ -232,3 +232,43 @@ fn an_operator_sees_what_the_balancer_does() {
     });
     host.stop();
 }
+
+#[test]
+fn an_operator_sees_who_is_connected_and_what_to() {
+    let host = DevHost::start();
+    host.deploy(&AppDir::server("shop", "v1", "")).ok();
+    host.deploy(&AppDir::server("other", "v1", "")).ok();
+    host.cli(&["route", "hold", "other.test", "--max-age", "60s"]).ok();
+    let ask = |target: &'static str, path: &'static str| {
+        let address = host.http;
+        std::thread::spawn(move || {
+            epagent_tests::http::get(address, target, path, Duration::from_secs(30))
+                .map(|answer| answer.status)
+        })
+    };
+    let (slow, held) = (ask("shop.test", "/slow?5000"), ask("other.test", "/"));
+    let listed = |filter: &[&str]| {
+        let text = host.cli(&[&["balancer", "connections", "--json"], filter].concat()).ok();
+        let page: serde_json::Value =
+            serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        let state = |row: &serde_json::Value| row["state"].as_str().unwrap_or_default().to_owned();
+        page["rows"].as_array().unwrap().iter().map(state).collect::<Vec<_>>()
+    };
+    eventually("both are listed", Duration::from_secs(10), || {
+        (listed(&["shop"]) == ["exchange"] && listed(&["other"]) == ["held"]).then_some(())
+    });
+    assert_eq!(listed(&["--route", "shop.test"]), ["exchange"]);
+    assert_eq!(listed(&["other", "--route", "shop.test"]), [""; 0], "a route that is not the app's");
+    assert_eq!(listed(&["-n", "1"]).len(), 1);
+    let shown = host.cli(&["balancer", "connections", "shop"]).ok();
+    let rows: Vec<&str> = shown.lines().collect();
+    assert!(rows[0].starts_with("CLIENT") && rows.len() == 2, "{shown}");
+    for word in ["127.0.0.1:", "http", "exchange", "shop.test", "shop-"] {
+        assert!(rows[1].contains(word), "{word:?} is not in\n{shown}");
+    }
+    host.cli(&["balancer", "connections", "none"]).fails(4, &["none"]);
+    host.cli(&["balancer", "connections", "--route", "none.test"]).fails(4, &["none.test"]);
+    host.cli(&["route", "release", "other.test"]).ok();
+    assert_eq!((slow.join().unwrap().unwrap(), held.join().unwrap().unwrap()), (200, 200));
+    host.stop();
+}

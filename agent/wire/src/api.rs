@@ -38,6 +38,7 @@
 //! | `POST /v1/routes/T/drain` | [`RouteDrain`] → [`RouteUpstream`] |
 //! | `POST /v1/routes/T/clear` | [`RouteClear`] → `{}`; the app's own route is in force again |
 //! | `GET /v1/balancer?latency=` | → [`crate::table::Status`] |
+//! | `GET /v1/balancer/connections?app=&route=T&limit=&after=` | → [`crate::table::Connections`]; `after` is the last one's `next` |
 //! | `POST /v1/balancer/reload` | → [`crate::table::Reloaded`], once a new process is in charge |
 //! | `GET /v1/events?app=&after=&follow=` | → [`Event`]s, or lines of them |
 //! | `GET /v1/errors` | → [`ErrorRow`]s |

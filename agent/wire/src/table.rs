@@ -3,8 +3,10 @@
 //! The balancer imports no crate of ours and documents the same shapes on its side, with all its counters; here
 //! is what the agent sends and reads. A test in `tests/` holds the two against each other.
 
+mod connections;
 mod status;
 
+pub use connections::*;
 pub use status::*;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +26,8 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         latency: bool,
     },
+    /// Show open client connections, a page at a time.
+    Connections(ConnectionsQuery),
     /// Hand over to a new process of the program on disk.
     Reload {},
     /// Answered when a route with nobody to answer begins to hold something, or when the time is up.
@@ -39,6 +43,7 @@ pub enum Request {
 pub enum Response {
     Ack(Ack),
     Status(Box<Status>),
+    Connections(Connections),
     Waited(Waited),
     Reloaded(Reloaded),
     Error(Refused),

@@ -70,9 +70,9 @@ enum Command {
     Connections {
         #[command(flatten)]
         control: ControlArgs,
-        /// Only those being served by this route
-        #[arg(long, value_name = "ID")]
-        route: Option<String>,
+        /// Only those being served by this route (repeatable)
+        #[arg(long = "route", value_name = "ID")]
+        routes: Vec<String>,
     },
     /// Show the last changes of a running balancer and who made them, as one JSON object per line
     Audit(ControlArgs),
@@ -262,7 +262,7 @@ fn main() -> ExitCode {
             launch::be_launcher(&command).map_err(|error| chain(&error))
         }
         Some(Command::Metrics(args)) => metrics(&args.control),
-        Some(Command::Connections { control, route }) => connections(&control.control, route),
+        Some(Command::Connections { control, routes }) => connections(&control.control, routes),
         Some(Command::Audit(args)) => audit(&args.control),
         Some(Command::SetTable { control, file }) => set_table(&control.control, &file),
     };
@@ -420,9 +420,9 @@ fn metrics_socket(handed: Option<OwnedFd>, wanted: Option<&Address>) -> Result<O
     }
 }
 
-fn connections(control: &Path, route: Option<String>) -> Result<(), String> {
+fn connections(control: &Path, routes: Vec<String>) -> Result<(), String> {
     let mut client = connect(control)?;
-    let mut query = ConnectionsQuery { route, ..ConnectionsQuery::default() };
+    let mut query = ConnectionsQuery { routes: routes.into_iter().collect(), ..ConnectionsQuery::default() };
     loop {
         let page = client.connections(query.clone()).map_err(|error| chain(&error))?;
         print_lines(&page.rows)?;

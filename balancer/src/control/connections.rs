@@ -1,5 +1,7 @@
 //! Looking at client connections one by one, a page at a time.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 /// Most rows of one answer.
@@ -15,9 +17,9 @@ pub struct ConnectionsQuery {
     /// The `next` of the last page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<u64>,
-    /// Only those being served by this route.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub route: Option<String>,
+    /// Only those being served by one of these routes; none stands for all connections.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub routes: BTreeSet<String>,
 }
 
 /// One page of open client connections. They come and go between two pages, but none that stays is left out

@@ -1,6 +1,7 @@
 //! Showing client connections one by one, in the order of their slots, so that a page can begin where the
 //! last one ended however many came and went.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use super::engine::Core;
@@ -11,25 +12,32 @@ use super::session::{Finish, Phase, Role, Sock};
 use crate::control::connections::{Connection, ConnectionState};
 
 impl Core {
-    /// Up to `limit` client connections from slot `from` on, and where to go on if there may be more.
+    /// Up to `limit` client connections from slot `from` on, and where to go on if there may be more. With
+    /// `routes`, only those being served by one of them.
     pub fn connections(
         &self,
         now: Millis,
         from: u32,
         limit: usize,
-        route: Option<&str>,
+        routes: &BTreeSet<String>,
     ) -> (Vec<Connection>, Option<u32>) {
         let mut rows = Vec::new();
-        for (id, sock) in self.socks.iter_from(from).filter(|(_, sock)| sock.is_client()) {
+        let is_wanted = |sock: &Sock| {
+            sock.is_client()
+                && (routes.is_empty() || self.route_id(sock).is_some_and(|id| routes.contains(id)))
+        };
+        for (id, sock) in self.socks.iter_from(from).filter(|(_, sock)| is_wanted(sock)) {
             if rows.len() == limit {
                 return (rows, Some(id.index));
             }
-            let row = self.connection(now, sock);
-            if route.is_none() || row.route.as_deref() == route {
-                rows.push(row);
-            }
+            rows.push(self.connection(now, sock));
         }
         (rows, None)
+    }
+
+    /// The route that serves it now.
+    fn route_id(&self, sock: &Sock) -> Option<&str> {
+        sock.on_route.and_then(|key| self.routes.get(key)).map(|route| route.id.as_str())
     }
 
     fn connection(&self, now: Millis, sock: &Sock) -> Connection {
@@ -48,7 +56,7 @@ impl Core {
             client: source.map(|at| SocketAddr::new(at.ip().to_canonical(), at.port()).to_string()),
             listener: sock.listen.as_ref().map(Listen::to_string).unwrap_or_default(),
             state,
-            route: sock.on_route.and_then(|key| self.routes.get(key)).map(|route| route.id.clone()),
+            route: self.route_id(sock).map(str::to_owned),
             upstream: upstream.and_then(|key| self.upstreams.get(key)).map(|upstream| upstream.id.clone()),
             age_ms: now.saturating_sub(sock.made_at),
             idle_ms: now.saturating_sub(self.moved_at(sock)),

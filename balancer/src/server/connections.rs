@@ -16,7 +16,7 @@ impl Server {
         while let Some(worker) = self.workers.get(thread) {
             let (reply, answer) = mpsc::channel();
             let limit = limit - page.rows.len();
-            worker.send(Command::Connections { from: slot, limit, route: query.route.clone(), reply });
+            worker.send(Command::Connections { from: slot, limit, routes: query.routes.clone(), reply });
             let Ok((rows, next)) = answer.recv_timeout(THREAD_TIMEOUT) else {
                 return refusal(ErrorCode::Busy, "a data-path thread did not answer in time".to_owned());
             };

@@ -2,7 +2,7 @@
 
 mod front;
 
-pub use front::{BalancerVerb, RouteVerb, TopArgs};
+pub use front::{BalancerVerb, ConnectionsArgs, RouteVerb, TopArgs};
 
 use std::path::PathBuf;
 
@@ -69,7 +69,7 @@ pub enum Verb {
     /// List routes, or say what is done with a host or a port
     #[command(subcommand)]
     Route(RouteVerb),
-    /// Show the balancer, or hand it over to a newer program
+    /// Show the balancer or its clients, or hand it over to a newer program
     #[command(subcommand)]
     Balancer(BalancerVerb),
     /// Watch the traffic of all routes, live
@@ -439,6 +439,8 @@ mod tests {
             "events shop -f",
             "destroy shop --yes",
             "balancer status --json",
+            "balancer connections",
+            "balancer connections shop --route shop.example -n 20 --json",
             "balancer reload",
             "top --once",
             "top shop",

@@ -168,7 +168,11 @@ pub fn age(at: &str, now: Timestamp) -> String {
     let Ok(at_time) = at.parse::<Timestamp>() else {
         return at.to_owned();
     };
-    let seconds = (now.as_second() - at_time.as_second()).max(0);
+    span((now.as_second() - at_time.as_second()).max(0).unsigned_abs())
+}
+
+/// The same of so many seconds.
+pub fn span(seconds: u64) -> String {
     match seconds {
         0..120 => format!("{seconds} s"),
         120..7_200 => format!("{} min", seconds / 60),

@@ -6,7 +6,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use epagent_wire::table::{Ack, LINE_BYTES_MAX, Reloaded, Request, Response, Status, Table, Waited};
+use epagent_wire::table::{
+    Ack, Connections, ConnectionsQuery, LINE_BYTES_MAX, Reloaded, Request, Response, Status, Table, Waited,
+};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
@@ -59,6 +61,14 @@ impl Balancer {
     pub async fn status_with(&self, latency: bool) -> Result<Status, BalancerError> {
         match self.exchange(&Request::Status { latency }, TIMEOUT).await? {
             Response::Status(status) => Ok(*status),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// One page of open client connections.
+    pub async fn connections(&self, query: ConnectionsQuery) -> Result<Connections, BalancerError> {
+        match self.exchange(&Request::Connections(query), TIMEOUT).await? {
+            Response::Connections(page) => Ok(page),
             other => Err(unexpected(other)),
         }
     }

@@ -113,8 +113,25 @@ pub enum RouteVerb {
 pub enum BalancerVerb {
     /// Show what the balancer says of itself
     Status(Json),
+    /// List open client connections, and what each is doing
+    Connections(ConnectionsArgs),
     /// Hand over to the program on disk; no connection is lost
     Reload,
+}
+
+#[derive(Debug, Args)]
+pub struct ConnectionsArgs {
+    /// Only those being served by this app now; what idles between two requests is nobody's
+    pub app: Option<AppName>,
+    /// Only those being served by this route now
+    #[arg(long, value_name = "HOST|PORT")]
+    pub route: Option<RouteMatch>,
+    /// Most that are shown, up to 10000
+    #[arg(long, short = 'n', default_value_t = 1_000, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub limit: u32,
+    #[command(flatten)]
+    pub json: Json,
 }
 
 #[derive(Debug, Args)]

@@ -1,17 +1,21 @@
-//! The balancer itself.
+//! The balancer itself, and who is connected to it.
 
-use epagent_wire::table::{Reloaded, Status};
+use std::collections::BTreeMap;
+
+use epagent_wire::api::Route;
+use epagent_wire::table::{Connection, Connections, Reloaded, Status};
 use hyper::Method;
 
 use super::{Outcome, print_json, written};
-use crate::args::BalancerVerb;
-use crate::client::Client;
-use crate::screen::{Screen, Table, Tone, cell, size, state_cell};
+use crate::args::{BalancerVerb, ConnectionsArgs};
+use crate::client::{Client, encoded};
+use crate::screen::{Screen, Table, Tone, cell, size, span, state_cell};
 
 pub async fn balancer(client: &Client, verb: BalancerVerb) -> Outcome {
     match verb {
         BalancerVerb::Status(json) if json.json => print_json(client, "/v1/balancer").await,
         BalancerVerb::Status(_) => status(client).await,
+        BalancerVerb::Connections(args) => connections(client, &args).await,
         BalancerVerb::Reload => {
             let reloaded: Reloaded = client.order(Method::POST, "/v1/balancer/reload").await?;
             let line = format!("process {} is in charge; the one before finishes what it has", reloaded.pid);
@@ -91,6 +95,48 @@ fn troubles(status: &Status) -> Vec<String> {
         true => Vec::new(),
         false => vec![format!("{:<12} {}", "not served", told.join(", "))],
     }
+}
+
+async fn connections(client: &Client, args: &ConnectionsArgs) -> Outcome {
+    let mut path = format!("/v1/balancer/connections?limit={}", args.limit);
+    if let Some(app) = &args.app {
+        path.push_str(&format!("&app={app}"));
+    }
+    if let Some(route) = &args.route {
+        path.push_str(&format!("&route={}", encoded(&route.to_string())));
+    }
+    if args.json.json {
+        return print_json(client, &path).await;
+    }
+    let page: Connections = client.get(&path).await?;
+    let routes: Vec<Route> = client.get("/v1/routes").await?;
+    let targets: BTreeMap<&str, &str> =
+        routes.iter().map(|route| (route.route.as_str(), route.target.as_str())).collect();
+    let headings =
+        ["CLIENT", "LISTENER", "STATE", "ROUTE", "UPSTREAM", "AGE", "IDLE", "REQUESTS", "IN", "OUT"];
+    let mut table = Table::new(&headings);
+    page.rows.iter().for_each(|row| table.row(connection(row, &targets)));
+    let shown = written(table.print("no connections"))?;
+    if page.next.is_some() {
+        Screen::stderr().say(&format!("there are more than these {}: --limit N shows more", page.rows.len()));
+    }
+    Ok(shown)
+}
+
+fn connection(row: &Connection, targets: &BTreeMap<&str, &str>) -> Vec<(String, Tone)> {
+    let route = row.route.as_deref().map(|id| targets.get(id).copied().unwrap_or(id));
+    vec![
+        cell(row.client.as_deref().unwrap_or("-")),
+        cell(&row.listener),
+        (row.state.clone(), if row.state == "held" { Tone::Warn } else { Tone::Plain }),
+        cell(route.unwrap_or("-")),
+        cell(row.upstream.as_deref().unwrap_or("-")),
+        cell(span(row.age_ms / 1_000)),
+        cell(span(row.idle_ms / 1_000)),
+        cell(row.requests.to_string()),
+        cell(size(row.bytes_in)),
+        cell(size(row.bytes_out)),
+    ]
 }
 
 fn upstreams(status: &Status) -> Outcome {

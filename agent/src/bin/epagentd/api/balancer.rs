@@ -1,14 +1,19 @@
-//! The balancer: what it says of itself, and its handover to a newer program.
+//! The balancer: what it says of itself and of its clients, and its handover to a newer program.
+
+use std::collections::BTreeSet;
 
 use axum::Json;
 use axum::extract::{ConnectInfo, Query, State};
 use axum::http::StatusCode;
+use epagent_core::spec::RouteMatch;
 use epagent_wire::table;
 use serde::Deserialize;
 
 use super::Peer;
+use super::apps::find;
 use super::failure::{Failure, Result};
-use crate::apps::Apps;
+use super::routes::no_route;
+use crate::apps::{Apps, Parts};
 use crate::balancer::BalancerError;
 use crate::clock;
 use crate::supervise::chain;
@@ -24,6 +29,65 @@ pub async fn status(
     Query(query): Query<StatusQuery>,
 ) -> Result<Json<table::Status>> {
     Ok(Json(apps.parts().routing.balancer().status_with(query.latency).await?))
+}
+
+/// Rows of one answer. The balancer gives fewer at a time, so that no other question waits for long.
+const ROWS_DEFAULT: usize = 1_000;
+const ROWS_MAX: usize = 10_000;
+
+#[derive(Deserialize)]
+pub struct ConnectionsQuery {
+    app: Option<String>,
+    /// What it matches.
+    route: Option<String>,
+    limit: Option<usize>,
+    after: Option<u64>,
+}
+
+pub async fn connections(
+    State(apps): State<Apps>,
+    Query(query): Query<ConnectionsQuery>,
+) -> Result<Json<table::Connections>> {
+    let parts = apps.parts();
+    let limit = query.limit.unwrap_or(ROWS_DEFAULT).clamp(1, ROWS_MAX);
+    let routes = match wanted_routes(parts, &query).await? {
+        // To the balancer no route means every one.
+        Some(routes) if routes.is_empty() => return Ok(Json(table::Connections::default())),
+        routes => routes.unwrap_or_default(),
+    };
+    let mut all = table::Connections { rows: Vec::new(), next: query.after };
+    loop {
+        let left = limit - all.rows.len();
+        let page = table::ConnectionsQuery { limit: left, after: all.next, routes: routes.clone() };
+        let page = parts.routing.balancer().connections(page).await?;
+        all.rows.extend(page.rows);
+        all.next = page.next;
+        if all.next.is_none() || all.rows.len() >= limit {
+            return Ok(Json(all));
+        }
+    }
+}
+
+/// The ids of the routes that are asked for; none when it is not by routes that is asked.
+async fn wanted_routes(parts: &Parts, query: &ConnectionsQuery) -> Result<Option<BTreeSet<String>>> {
+    let target: Option<RouteMatch> = query.route.as_deref().map(str::parse).transpose()?;
+    let app = match &query.app {
+        Some(app) => Some(find(parts, app).await?.app),
+        None => None,
+    };
+    if target.is_none() && app.is_none() {
+        return Ok(None);
+    }
+    let picture = parts.routing.picture();
+    let in_force = picture.wanted.in_force();
+    if let Some(target) = target.as_ref().filter(|target| !in_force.contains_key(target)) {
+        return Err(no_route(target));
+    }
+    let asked = in_force.iter().filter(|(matches, found)| {
+        target.as_ref().is_none_or(|target| target == *matches)
+            && (app.is_none() || found.app == app.as_ref())
+    });
+    Ok(Some(asked.map(|(_, found)| found.route.id.clone()).collect()))
 }
 
 pub async fn reload(

@@ -177,6 +177,7 @@ fn router(apps: Apps) -> Router {
         .route("/v1/routes/{target}/drain", post(routes::drain))
         .route("/v1/routes/{target}/clear", post(routes::clear))
         .route("/v1/balancer", get(balancer::status))
+        .route("/v1/balancer/connections", get(balancer::connections))
         .route("/v1/balancer/reload", post(balancer::reload))
         .route("/v1/volumes", get(images::volumes))
         .route("/v1/deploys", get(deploys::list).post(deploys::begin))

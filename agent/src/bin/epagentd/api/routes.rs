@@ -182,7 +182,7 @@ async fn upstream_of(parts: &Parts, target: &RouteMatch, text: &str) -> Result<S
     ))
 }
 
-fn no_route(target: &RouteMatch) -> Failure {
+pub fn no_route(target: &RouteMatch) -> Failure {
     let hint = "`epagent route ls` lists what there is";
     Failure::not_found(format!("nothing leads from {target} anywhere"), hint)
 }
