@@ -82,7 +82,7 @@ fn set_up(vm: &Vm) {
 
 #[track_caller]
 fn deploy(vm: &Vm) {
-    let command = "epagent deploy /usr/share/doc/epagent-doc/examples/hello";
+    let command = "epagent deploy /usr/share/doc/epagent/examples/hello";
     vm.run_within(command, Duration::from_secs(60)).ok();
     assert!(vm.succeed(FETCH).starts_with("Hello from epagent"));
 }
