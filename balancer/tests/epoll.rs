@@ -11,6 +11,8 @@ mod access_log;
 mod actions;
 #[path = "bytes.rs"]
 mod bytes;
+#[path = "certificates.rs"]
+mod certificates;
 #[path = "churn.rs"]
 mod churn;
 #[path = "config_file.rs"]

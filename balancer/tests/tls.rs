@@ -4,70 +4,14 @@ mod common;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use common::app::{App, respond};
-use common::tls::{Authority, connect, get, read_response, shake_hands, try_connect, try_get};
-use common::{Balancer, PATIENCE, checksum, host_route, noise, port_route, read_all, until};
-use epagent_balancer::control::certificates::CertificateState;
-use epagent_balancer::control::protocol::Counters;
+use common::app::App;
+use common::secure::{Secure, telling};
+use common::tls::{connect, get, read_response, shake_hands, try_connect};
+use common::{PATIENCE, checksum, noise, read_all, until};
 use rustls::version::{TLS12, TLS13};
 use rustls::{HandshakeKind, ProtocolVersion};
-
-/// A balancer with a TLS listener, and the folder of its certificates.
-struct Secure {
-    balancer: Balancer,
-    authority: Authority,
-    certificates: PathBuf,
-    address: SocketAddr,
-    _dir: tempfile::TempDir,
-}
-
-impl Secure {
-    /// With the pairs given by name and host names, and a listener of this kind.
-    fn start(listener: &str, pairs: &[(&str, &[&str])], arguments: &[&str]) -> Self {
-        let dir = tempfile::tempdir().expect("a folder");
-        let (authority, certificates) = (Authority::new(), dir.path().to_owned());
-        for (id, names) in pairs {
-            authority.write(&certificates, id, names);
-        }
-        let listen = format!("{listener}=127.0.0.1:0");
-        let tls = ["--tls-dir", certificates.to_str().expect("a path"), "--listen", &listen];
-        let balancer = Balancer::start(&[&tls, arguments].concat());
-        let status = balancer.status();
-        let listener = status.listeners.iter().find(|known| known.name == listener).expect("a listener");
-        let address = listener.address.parse().expect("an address");
-        Self { balancer, authority, certificates, address, _dir: dir }
-    }
-
-    /// For HTTP, with one certificate and one app.
-    fn http(app: &App) -> Self {
-        let secure = Self::start("https", &[("a", &["a.example", "*.a.example"])], &[]);
-        secure.balancer.routes(&host_route("*", &[("app", app.address, "up")]));
-        secure
-    }
-
-    /// For bytes, with one certificate; the port is that of the route.
-    fn tcp(upstream: SocketAddr) -> Self {
-        let secure = Self::start("tls-4443", &[("a", &["a.example"])], &[]);
-        secure.balancer.routes(&port_route(4443, &[("db", upstream, "up")]));
-        secure
-    }
-
-    fn counter(&self, count: impl Fn(&Counters) -> u64) -> u64 {
-        count(&self.balancer.status().counters)
-    }
-}
-
-/// Answers with how the balancer says it was reached.
-fn telling() -> App {
-    App::start(|request, stream| {
-        let proto = request.field("x-forwarded-proto").unwrap_or_default().to_owned();
-        respond(stream, format!("{proto} {}", request.field("x-forwarded-host").unwrap_or("-")).as_bytes())
-    })
-}
 
 /// An app that handles each connection with `serve`, on a thread of its own.
 fn accepting(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
@@ -108,43 +52,6 @@ fn curl_speaks_both_versions_and_is_told_http_1_1() {
 }
 
 #[test]
-fn certificates_are_chosen_by_the_name_asked_for() {
-    let app = telling();
-    let pairs: &[(&str, &[&str])] =
-        &[("exact", &["shop.example"]), ("wild", &["*.shops.example"]), ("default", &["fallback.example"])];
-    let secure = Secure::start("https", pairs, &[]);
-    secure.balancer.route("*", &[("app", app.address, "up")]);
-    let client = secure.authority.client(&[&TLS13]);
-    for name in ["shop.example", "other.shops.example", "fallback.example"] {
-        assert_eq!(
-            get(&mut connect(&client, secure.address, name), name, "/").1,
-            format!("https {name}").into_bytes()
-        );
-    }
-    let refused = try_get(&mut connect(&client, secure.address, "a.b.example"), "a.b.example", "/");
-    assert!(refused.expect_err("not for this name").to_string().contains("not valid for name"));
-    until("it is counted", || secure.counter(|counters| counters.tls_rejected) == 1);
-
-    // Without a default, the name is refused by the balancer.
-    std::fs::remove_file(secure.certificates.join("default.crt")).expect("removed");
-    std::fs::remove_file(secure.certificates.join("default.key")).expect("removed");
-    let left = secure.balancer.control().reload_certificates().expect("read again");
-    assert_eq!(left.in_force.iter().map(|pair| pair.id.as_str()).collect::<Vec<_>>(), ["exact", "wild"]);
-    let refused = try_get(&mut connect(&client, secure.address, "a.b.example"), "a.b.example", "/");
-    assert!(refused.expect_err("no certificate").to_string().contains("UnrecognisedName"));
-    assert_eq!(secure.counter(|counters| counters.tls_unknown_name), 1);
-}
-
-#[test]
-fn without_any_certificate_a_handshake_is_refused_with_a_reason() {
-    let secure = Secure::start("https", &[], &[]);
-    let client = secure.authority.client(&[&TLS12, &TLS13]);
-    let refused = try_get(&mut connect(&client, secure.address, "a.example"), "a.example", "/");
-    assert!(refused.expect_err("no certificate").to_string().contains("UnrecognisedName"));
-    assert_eq!(secure.counter(|counters| counters.tls_no_certificate), 1);
-}
-
-#[test]
 fn sessions_are_resumed_by_every_thread() {
     let app = telling();
     for version in [&TLS12, &TLS13] {
@@ -176,98 +83,6 @@ fn openssl_resumes_what_it_remembers() {
     let (said, _) = read_all(child.stdout.take().expect("its output"));
     child.wait().expect("it ends");
     assert_eq!(String::from_utf8_lossy(&said).matches("Reused, TLSv1.2").count(), 5);
-}
-
-#[test]
-fn certificates_are_exchanged_under_load_without_a_failed_request() {
-    let app = telling();
-    let secure = Secure::http(&app);
-    let (stopping, requests) = (AtomicBool::new(false), AtomicU64::new(0));
-    std::thread::scope(|scope| {
-        for _ in 0..3 {
-            scope.spawn(|| {
-                // A client that remembers nothing checks a certificate each time.
-                while !stopping.load(Ordering::Relaxed) {
-                    let client = secure.authority.client(&[&TLS12, &TLS13]);
-                    let mut stream = connect(&client, secure.address, "a.example");
-                    for _ in 0..3 {
-                        get(&mut stream, "a.example", "/");
-                        requests.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-            });
-        }
-        for round in 0..20 {
-            let before = requests.load(Ordering::Relaxed);
-            match round % 4 {
-                // Half of a pair: the key does not belong to the certificate.
-                1 => {
-                    let (_, key) = secure.authority.issue(&["a.example"], 2090);
-                    std::fs::write(secure.certificates.join("a.key"), key).expect("written");
-                }
-                2 => std::fs::write(secure.certificates.join("a.crt"), "no certificate").expect("written"),
-                _ => secure.authority.write(&secure.certificates, "a", &["a.example"]),
-            }
-            let read = secure.balancer.control().reload_certificates().expect("read again");
-            assert_eq!(
-                (read.in_force.len(), read.refused.len()),
-                (1, usize::from(matches!(round % 4, 1 | 2)))
-            );
-            assert!(
-                read.refused.iter().all(|refused| refused.kept && refused.id == "a"),
-                "{:?}",
-                read.refused
-            );
-            until("requests go on", || requests.load(Ordering::Relaxed) >= before + 6);
-        }
-        stopping.store(true, Ordering::Relaxed);
-    });
-}
-
-#[test]
-fn a_broken_pair_is_refused_with_its_reason_and_the_others_serve() {
-    let app = telling();
-    let secure = Secure::http(&app);
-    let (certificate, _) = secure.authority.issue(&["b.example"], 2090);
-    let (_, other_key) = secure.authority.issue(&["b.example"], 2090);
-    std::fs::write(secure.certificates.join("b.crt"), certificate).expect("written");
-    std::fs::write(secure.certificates.join("b.key"), &other_key).expect("written");
-    std::fs::write(secure.certificates.join("lonely.key"), &other_key).expect("written");
-    std::fs::create_dir(secure.certificates.join("nested")).expect("a folder");
-    let (certificate, key) = secure.authority.issue(&["nested.example"], 2021);
-    std::fs::write(secure.certificates.join("nested/fullchain.pem"), certificate).expect("written");
-    std::fs::write(secure.certificates.join("nested/privkey.pem"), key).expect("written");
-    let output = Command::new(env!("CARGO_BIN_EXE_epagent-balancer"))
-        .args(["reload-certificates", "--control"])
-        .arg(secure.balancer.control_path())
-        .output()
-        .expect("it runs");
-    let wrong = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success(), "a deploy hook would not notice");
-    assert!(
-        wrong.contains("b is refused: the key") && wrong.contains("lonely is refused: there is no"),
-        "{wrong}"
-    );
-    assert!(!wrong.contains("BEGIN") && !wrong.contains(&other_key[40..80]), "a key is shown: {wrong}");
-    let shown = secure.balancer.status().certificates;
-    let states: Vec<_> = shown.in_force.iter().map(|pair| (pair.id.as_str(), pair.state)).collect();
-    assert_eq!(states, [("a", CertificateState::Valid), ("nested", CertificateState::Expired)]);
-    assert_eq!(shown.in_force[1].not_after, "2021-01-01T00:00:00Z");
-    assert!(shown.refused.iter().all(|refused| !refused.kept));
-
-    // An expired one is shown all the same; a client that looks refuses it.
-    let client = secure.authority.client(&[&TLS13]);
-    let refused = try_get(&mut connect(&client, secure.address, "nested.example"), "nested.example", "/");
-    assert!(refused.expect_err("expired").to_string().contains("expired"));
-    get(&mut connect(&client, secure.address, "a.example"), "a.example", "/");
-}
-
-#[test]
-fn a_hangup_signal_reads_certificates_again() {
-    let secure = Secure::start("https", &[("a", &["a.example"])], &[]);
-    secure.authority.write(&secure.certificates, "b", &["b.example"]);
-    secure.balancer.signal(nix::sys::signal::Signal::SIGHUP);
-    until("it is in force", || secure.balancer.status().certificates.in_force.len() == 2);
 }
 
 #[test]
@@ -485,37 +300,6 @@ fn changed_ciphertext_breaks_the_connection_off_and_is_counted() {
     client.sock.write_all(&record).expect("taken");
     assert!(client.read(&mut [0; 1]).is_err(), "it goes on as if nothing were");
     assert_eq!((app.request_count(), secure.counter(|counters| counters.tls_broken)), (1, 1));
-}
-
-#[test]
-fn challenges_of_acme_are_answered_from_their_folder_and_others_by_the_app() {
-    let app = App::named("the app");
-    let dir = tempfile::tempdir().expect("a folder");
-    let below = dir.path().join(".well-known/acme-challenge");
-    let secure = Secure::start(
-        "https",
-        &[("a", &["a.example"])],
-        &["--acme-dir", dir.path().to_str().expect("a path"), "--threads", "2"],
-    );
-    let ask = |path: &str| {
-        let mut client = TcpStream::connect(secure.balancer.http).expect("a connection");
-        client.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        get(&mut client, "new.example", &format!("/.well-known/acme-challenge/{path}"))
-    };
-    // An ACME client makes the folder when it needs it, and no app has to be there.
-    std::fs::create_dir_all(&below).expect("made");
-    std::fs::write(below.join("Tok-en_1"), "Tok-en_1.thumb").expect("written");
-    assert_eq!(ask("Tok-en_1").1, b"Tok-en_1.thumb");
-    assert!(ask("absent").0.starts_with("HTTP/1.1 503"), "no app is deployed");
-    secure.balancer.route("*", &[("app", app.address, "up")]);
-    for path in ["absent", "", "a/b", "..%2f", "Tok-en_1?query", &"x".repeat(200)] {
-        assert_eq!(ask(path).1, b"the app", "{path}");
-    }
-    assert_eq!(ask("Tok-en_1").1, b"Tok-en_1.thumb");
-    // A challenge is for plain HTTP alone.
-    let mut client = connect(&secure.authority.client(&[&TLS13]), secure.address, "a.example");
-    assert_eq!(get(&mut client, "a.example", "/.well-known/acme-challenge/Tok-en_1").1, b"the app");
-    assert_eq!(secure.counter(|counters| counters.acme_challenges), 2);
 }
 
 #[test]

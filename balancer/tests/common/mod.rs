@@ -13,6 +13,7 @@ pub mod hello;
 pub mod load;
 pub mod prometheus;
 pub mod recorder;
+pub mod secure;
 pub mod tls;
 
 use std::io::{Read, Write};
