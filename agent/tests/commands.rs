@@ -365,6 +365,32 @@ fn json_is_the_agents_answer_to_the_letter() {
 }
 
 #[test]
+fn certificates_are_shown_with_what_is_wrong_with_them() {
+    let certificate = |id: &str, state: &str, not_after: &str, unix_s: i64| {
+        json!({ "id": id, "names": [format!("{id}.example"), "b", "c", "d", "e"], "not_before": AT,
+                "not_after": not_after, "not_after_unix_s": unix_s, "state": state, "is_default": id == "shop" })
+    };
+    let in_force = [
+        certificate("later", "valid", "2027-01-01T00:00:00Z", 2),
+        certificate("shop", "expires_soon", "2026-12-01T00:00:00Z", 1),
+    ];
+    let refused = json!([{ "id": "half", "reason": "there is no half.key", "kept": true }]);
+    let status = json!({ "certificates": { "in_force": in_force, "refused": refused } });
+    let agent = Agent::new(move |_, _| Answer::Json(200, status.clone()));
+    let ran = agent.run("balancer status");
+    assert_eq!(ran.code, 0, "{ran:?}");
+    let line = |word: &str| ran.stdout.lines().position(|line| line.contains(word)).unwrap_or(usize::MAX);
+    for words in [
+        "certificate half: there is no half.key; the one before stays in force",
+        "shop (default)  expires soon  2026-12-01T00:00:00Z  shop.example, b, c and 2 more",
+        "later           valid         2027-01-01T00:00:00Z",
+    ] {
+        assert!(ran.stdout.contains(words), "{words:?} is not in\n{}", ran.stdout);
+    }
+    assert!(line("shop.example") < line("later.example"), "{}", ran.stdout);
+}
+
+#[test]
 fn connections_are_shown_by_what_they_were_asked_for() {
     let row = json!({ "client": "192.0.2.7:4711", "listener": "http", "state": "held", "route": "shop/web/0",
                       "age_ms": 180_000, "idle_ms": 900, "requests": 3, "bytes_in": 2048, "bytes_out": 0 });

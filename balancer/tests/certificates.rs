@@ -5,11 +5,13 @@ mod common;
 use std::net::TcpStream;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use common::app::App;
+use common::prometheus::Scrape;
 use common::secure::{Secure, telling};
-use common::tls::{connect, get, try_get};
-use common::{PATIENCE, until};
+use common::tls::{Authority, connect, get, try_get};
+use common::{Balancer, PATIENCE, until};
 use epagent_balancer::control::certificates::CertificateState;
 use rustls::version::{TLS12, TLS13};
 
@@ -171,4 +173,55 @@ fn challenges_of_acme_are_answered_from_their_folder_and_others_by_the_app() {
     let mut client = connect(&secure.authority.client(&[&TLS13]), secure.address, "a.example");
     assert_eq!(get(&mut client, "a.example", "/.well-known/acme-challenge/Tok-en_1").1, b"the app");
     assert_eq!(secure.counter(|counters| counters.acme_challenges), 2);
+}
+
+#[test]
+fn what_time_makes_of_a_certificate_is_said_once_each_while_it_serves() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let authority = Authority::new();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
+    let (ends, nears) = (now + 4, now + 21 * 86_400 + 4);
+    for (id, until) in [("ends", ends), ("nears", nears)] {
+        let pair = authority.issue_until(&[&format!("{id}.example")], until);
+        authority.write_pair(dir.path(), id, pair);
+    }
+    let path = dir.path().to_str().expect("a path");
+    let (balancer, heard) =
+        Balancer::start_heard(&["--tls-dir", path, "--listen", "https=127.0.0.1:0", "--threads", "2"]);
+    let address = balancer.listener("https");
+    // Handshakes say nothing, before and after.
+    let shake_hands_with_both = || {
+        for name in ["ends.example", "nears.example"] {
+            let client = authority.client(&[&TLS13]);
+            let _ = try_get(&mut connect(&client, address, name), name, "/");
+        }
+    };
+    shake_hands_with_both();
+    until("it has expired", || heard.count("CERTIFICATE ends (ends.example) EXPIRED") == 1);
+    until("the other nears its end", || heard.count("certificate nears (nears.example) expires soon") == 1);
+    (0..5).for_each(|_| shake_hands_with_both());
+    let shown = balancer.status().certificates.in_force;
+    let states: Vec<_> = shown.iter().map(|pair| (pair.id.as_str(), pair.state)).collect();
+    assert_eq!(states, [("ends", CertificateState::Expired), ("nears", CertificateState::ExpiresSoon)]);
+    let metrics = Scrape::read(&balancer.control().metrics().expect("metrics"));
+    for (id, until) in [("ends", ends), ("nears", nears)] {
+        let label = [("certificate", id)];
+        assert_eq!(metrics.value("certificate_not_after_timestamp_seconds", &label), until as f64);
+    }
+    assert_eq!(metrics.value("certificates", &[("state", "in_force")]), 2.0);
+    assert_eq!((heard.count("EXPIRED"), heard.count("nears.example) expires soon")), (1, 1));
+
+    // Renewed, it is well again, and a refused one is counted.
+    authority.write(dir.path(), "ends", &["ends.example"]);
+    std::fs::write(dir.path().join("half.crt"), "").expect("written");
+    let read = balancer.control().reload_certificates().expect("read again");
+    assert_eq!((read.in_force[0].state, read.refused.len()), (CertificateState::Valid, 1));
+    let metrics = Scrape::read(&balancer.control().metrics().expect("metrics"));
+    assert!(
+        metrics.value("certificate_not_after_timestamp_seconds", &[("certificate", "ends")]) > ends as f64
+    );
+    assert_eq!(metrics.value("certificates", &[("state", "refused")]), 1.0);
+    let client = authority.client(&[&TLS13]);
+    try_get(&mut connect(&client, address, "ends.example"), "ends.example", "/")
+        .expect("it is trusted again");
 }

@@ -202,3 +202,23 @@ fn both_sides_mean_the_same_by_a_connection() {
     let again = serde_json::to_string(&ours::Response::Connections(read)).unwrap();
     assert_eq!(again, text);
 }
+
+#[test]
+fn the_agent_reads_every_field_of_a_certificate() {
+    use epagent_balancer::control::certificates as their;
+    let certificate = their::CertificateStatus {
+        id: "shop".to_owned(),
+        names: vec!["shop.example".to_owned()],
+        not_before: "2026-01-01T00:00:00Z".to_owned(),
+        not_after: "2026-04-01T00:00:00Z".to_owned(),
+        not_after_unix_s: 1_775_001_600,
+        state: their::CertificateState::ExpiresSoon,
+        is_default: true,
+    };
+    let refused = their::RefusedCertificate { id: "b".to_owned(), reason: "no key".to_owned(), kept: true };
+    let certificates = their::Certificates { in_force: vec![certificate], refused: vec![refused] };
+    let said = serde_json::to_value(&certificates).unwrap();
+    let status = protocol::Status { certificates, ..Default::default() };
+    let read: ours::Status = serde_json::from_str(&serde_json::to_string(&status).unwrap()).unwrap();
+    assert_eq!(serde_json::to_value(&read.certificates).unwrap(), said);
+}

@@ -17,7 +17,7 @@ pub struct Certificates {
 }
 
 /// A certificate that is shown to clients.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CertificateStatus {
     /// What its files are called.
     pub id: String,
@@ -26,6 +26,9 @@ pub struct CertificateStatus {
     /// In UTC, as RFC 3339 has it.
     pub not_before: String,
     pub not_after: String,
+    /// The same in seconds since 1970 began.
+    #[serde(default)]
+    pub not_after_unix_s: i64,
     pub state: CertificateState,
     /// Shown to clients that name no host, or one that no certificate is for.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -33,11 +36,12 @@ pub struct CertificateStatus {
 }
 
 /// Whether a certificate is valid now. It is shown in any case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CertificateState {
+    #[default]
     Valid,
-    /// For less than three weeks more.
+    /// For less than three weeks more, or less than a quarter of its life where that is shorter.
     ExpiresSoon,
     Expired,
     NotYetValid,

@@ -4,6 +4,7 @@
 //! in one place below, with its labels and its help.
 
 use super::text::{Kind, Labels, Text};
+use crate::control::certificates::Certificates;
 use crate::control::protocol::{Counters, RouteStatus, ShownState, Status, UpstreamStatus};
 use crate::control::traffic::Latency;
 
@@ -11,6 +12,8 @@ use crate::control::traffic::Latency;
 pub const ROUTES_MAX: usize = 500;
 /// Upstreams with series of their own, in the order of their ids.
 pub const UPSTREAMS_MAX: usize = 1_000;
+/// Certificates with series of their own: those that expire first.
+pub const CERTIFICATES_MAX: usize = 500;
 /// The name of all that have none.
 pub const OTHERS: &str = "(others)";
 
@@ -19,6 +22,7 @@ pub fn render(status: &Status) -> String {
     let mut text = Text::default();
     process(&mut text, status);
     counters(&mut text, &status.counters);
+    certificates(&mut text, &status.certificates);
     routes(&mut text, &bounded_routes(&status.routes));
     upstreams(&mut text, &bounded_upstreams(&status.upstreams));
     text.finish()
@@ -74,6 +78,23 @@ fn counters(text: &mut Text, counters: &Counters) {
         }
         text.sample(&[], value);
     }
+}
+
+fn certificates(text: &mut Text, certificates: &Certificates) {
+    let mut shown: Vec<(i64, &str)> = certificates
+        .in_force
+        .iter()
+        .map(|certificate| (certificate.not_after_unix_s, certificate.id.as_str()))
+        .collect();
+    shown.sort_unstable();
+    let name = "certificate_not_after_timestamp_seconds";
+    text.family(name, Kind::Gauge, "When a certificate in force expires, in seconds since 1970.");
+    for (not_after_unix_s, id) in shown.into_iter().take(CERTIFICATES_MAX) {
+        text.sample(&[("certificate", id)], not_after_unix_s);
+    }
+    text.family("certificates", Kind::Gauge, "Certificates in force, and those that cannot be used.");
+    text.sample(&[("state", "in_force")], certificates.in_force.len());
+    text.sample(&[("state", "refused")], certificates.refused.len());
 }
 
 fn routes(text: &mut Text, routes: &[RouteStatus]) {

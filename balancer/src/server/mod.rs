@@ -292,6 +292,7 @@ impl Server {
             self.serve_metrics();
             self.reload_for_peers();
             self.feed_watchdog();
+            self.look_at_certificates();
             if self.live_on()? {
                 return Ok(());
             }
@@ -335,7 +336,7 @@ impl Server {
         let beat_at = self.watchdog.as_ref().map(Watchdog::due);
         let give_up_at = self.giving.as_ref().map(Giving::deadline);
         let life = [self.life.look_at(), self.look_for_ended_at()];
-        let duties = [tell_at, hang_up_at, beat_at, give_up_at];
+        let duties = [tell_at, hang_up_at, beat_at, give_up_at, self.look_at_certificates_at()];
         let timeout = match life.into_iter().chain(duties).flatten().min() {
             Some(at) => poll_timeout(at),
             None => PollTimeout::NONE,

@@ -9,6 +9,7 @@ pub mod app;
 pub mod client;
 pub mod denied;
 pub mod generations;
+pub mod heard;
 pub mod hello;
 pub mod load;
 pub mod prometheus;
@@ -29,6 +30,8 @@ use epagent_balancer::control::client::Client as Control;
 use epagent_balancer::control::protocol::{Ack, Status, UpstreamStatus};
 use epagent_balancer::doors::Io;
 use epagent_balancer::table::Table;
+
+use heard::Heard;
 
 /// Longer than anything here takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -54,6 +57,14 @@ impl Balancer {
         let balancer = Self::start_with(&arguments, |mut command| command.spawn());
         assert_eq!(balancer.status().io, IO, "it goes through another door than it was told to");
         balancer
+    }
+
+    /// The same, and what it says in its log.
+    pub fn start_heard(arguments: &[&str]) -> (Self, Heard) {
+        let arguments = [&IO_ARGUMENTS, arguments].concat();
+        let mut balancer = Self::start_with(&arguments, |mut command| command.stderr(Stdio::piped()).spawn());
+        let heard = Heard::of(&mut balancer.child);
+        (balancer, heard)
     }
 
     /// Through the door it chooses by itself (or as told by `arguments`), started by `spawn`.

@@ -4,6 +4,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::client::Resumption;
 use rustls::pki_types::ServerName;
@@ -34,11 +35,17 @@ impl Authority {
 
     /// A certificate for these names, and its key.
     pub fn issue(&self, names: &[&str], until_year: i32) -> (String, String) {
+        let until = rcgen::date_time_ymd(until_year, 1, 1);
+        self.issue_until(names, until.unix_timestamp().unsigned_abs())
+    }
+
+    /// The same, valid until this second of Unix time.
+    pub fn issue_until(&self, names: &[&str], until_unix_s: u64) -> (String, String) {
         let key = rcgen::KeyPair::generate().expect("a key");
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let mut params = rcgen::CertificateParams::new(names).expect("parameters");
         params.not_before = rcgen::date_time_ymd(2020, 1, 1);
-        params.not_after = rcgen::date_time_ymd(until_year, 1, 1);
+        params.not_after = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(until_unix_s);
         let issuer = rcgen::Issuer::from_params(&self.params, &self.key);
         let certificate = params.signed_by(&key, &issuer).expect("a certificate");
         (certificate.pem(), key.serialize_pem())
@@ -46,7 +53,11 @@ impl Authority {
 
     /// The same, as the pair `id` of a folder.
     pub fn write(&self, dir: &Path, id: &str, names: &[&str]) {
-        let (certificate, key) = self.issue(names, 2090);
+        self.write_pair(dir, id, self.issue(names, 2090));
+    }
+
+    /// What was issued, as the pair `id` of a folder.
+    pub fn write_pair(&self, dir: &Path, id: &str, (certificate, key): (String, String)) {
         std::fs::write(dir.join(format!("{id}.key")), key).expect("written");
         std::fs::write(dir.join(format!("{id}.crt")), certificate).expect("written");
     }

@@ -155,9 +155,10 @@ pub fn cell(text: impl Into<String>) -> (String, Tone) {
 /// A state, in the tone of how it is.
 pub fn state_cell(state: &str) -> (String, Tone) {
     let tone = match state {
-        "running" | "healthy" | "serving" | "done" | "ok" | "up" => Tone::Good,
-        "degraded" | "unhealthy" | "waiting" | "warn" | "down" | "draining" => Tone::Warn,
-        "failed" | "fail" | "exited" | "unreachable" => Tone::Bad,
+        "running" | "healthy" | "serving" | "done" | "ok" | "up" | "valid" => Tone::Good,
+        "degraded" | "unhealthy" | "waiting" | "warn" | "down" | "draining" | "expires soon"
+        | "not yet valid" => Tone::Warn,
+        "failed" | "fail" | "exited" | "unreachable" | "expired" => Tone::Bad,
         _ => Tone::Plain,
     };
     (state.to_owned(), tone)

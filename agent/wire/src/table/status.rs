@@ -29,6 +29,43 @@ pub struct Status {
     pub counters: BTreeMap<String, u64>,
     /// Processes that have handed over to this one and finish what they carry.
     pub draining: Vec<DrainingStatus>,
+    /// What TLS listeners show their clients.
+    pub certificates: Certificates,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Certificates {
+    pub in_force: Vec<CertificateStatus>,
+    pub refused: Vec<RefusedCertificate>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CertificateStatus {
+    /// What its files are called.
+    pub id: String,
+    /// The host names it is for.
+    pub names: Vec<String>,
+    /// RFC 3339, in UTC.
+    pub not_before: String,
+    pub not_after: String,
+    pub not_after_unix_s: i64,
+    /// `valid`, `expires_soon`, `expired`, `not_yet_valid`; it is shown to clients in any case.
+    pub state: String,
+    /// Shown to clients that name no host, or one that no certificate is for.
+    pub is_default: bool,
+}
+
+/// A pair of files that is not used.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RefusedCertificate {
+    /// Empty when it is about the whole folder.
+    pub id: String,
+    pub reason: String,
+    /// What was in force before stays in force.
+    pub kept: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

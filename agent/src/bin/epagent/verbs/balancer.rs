@@ -3,13 +3,20 @@
 use std::collections::BTreeMap;
 
 use epagent_wire::api::Route;
-use epagent_wire::table::{Connection, Connections, Reloaded, Status};
+use epagent_wire::table::{
+    CertificateStatus, Certificates, Connection, Connections, RefusedCertificate, Reloaded, Status,
+};
 use hyper::Method;
 
 use super::{Outcome, print_json, written};
 use crate::args::{BalancerVerb, ConnectionsArgs};
 use crate::client::{Client, encoded};
 use crate::screen::{Screen, Table, Tone, cell, size, span, state_cell};
+
+/// Certificates that are listed; the others expire later.
+const CERTIFICATES_SHOWN: usize = 20;
+/// Names of one that are listed.
+const NAMES_SHOWN: usize = 3;
 
 pub async fn balancer(client: &Client, verb: BalancerVerb) -> Outcome {
     match verb {
@@ -68,8 +75,13 @@ async fn status(client: &Client) -> Outcome {
         );
         written(screen.line(&line))?;
     }
-    written(troubles(&status).iter().try_for_each(|line| screen.line(&screen.paint(Tone::Warn, line))))?;
-    upstreams(&status)
+    let warnings = troubles(&status).into_iter().chain(refused(&status.certificates));
+    written(warnings.into_iter().try_for_each(|line| {
+        let line = screen.foreign(&line);
+        screen.line(&screen.paint(Tone::Warn, &line))
+    }))?;
+    upstreams(&status)?;
+    certificates(&status.certificates)
 }
 
 /// Counters that say that something was turned away or went wrong: those that are not zero.
@@ -95,6 +107,43 @@ fn troubles(status: &Status) -> Vec<String> {
         true => Vec::new(),
         false => vec![format!("{:<12} {}", "not served", told.join(", "))],
     }
+}
+
+fn refused(certificates: &Certificates) -> Vec<String> {
+    let line = |refused: &RefusedCertificate| {
+        let id = if refused.id.is_empty() { "all" } else { &refused.id };
+        let kept = if refused.kept { "; the one before stays in force" } else { "" };
+        format!("{:<12} certificate {id}: {}{kept}", "refused", refused.reason)
+    };
+    certificates.refused.iter().map(line).collect()
+}
+
+/// Those that expire first.
+fn certificates(certificates: &Certificates) -> Outcome {
+    let mut sorted: Vec<&CertificateStatus> = certificates.in_force.iter().collect();
+    sorted.sort_by_key(|certificate| certificate.not_after_unix_s);
+    if sorted.is_empty() {
+        return Ok(crate::failure::status::OK);
+    }
+    let mut table = Table::new(&["CERTIFICATE", "STATE", "NOT AFTER", "NAMES"]);
+    for certificate in sorted.iter().take(CERTIFICATES_SHOWN) {
+        let mut names = certificate.names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(", ");
+        if certificate.names.len() > NAMES_SHOWN {
+            names.push_str(&format!(" and {} more", certificate.names.len() - NAMES_SHOWN));
+        }
+        let default = if certificate.is_default { " (default)" } else { "" };
+        table.row(vec![
+            cell(format!("{}{default}", certificate.id)),
+            state_cell(&certificate.state.replace('_', " ")),
+            cell(&certificate.not_after),
+            cell(names),
+        ]);
+    }
+    let shown = written(table.print(""))?;
+    if let left @ 1.. = sorted.len().saturating_sub(CERTIFICATES_SHOWN) {
+        Screen::stderr().say(&format!("{left} more certificates expire later: --json lists them"));
+    }
+    Ok(shown)
 }
 
 async fn connections(client: &Client, args: &ConnectionsArgs) -> Outcome {
