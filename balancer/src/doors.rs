@@ -90,6 +90,9 @@ impl fmt::Display for Io {
     }
 }
 
+/// What a door keeps of a socket, and of a send of its that is under way.
+pub const SOCKET_BYTES_MAX: usize = 512;
+
 /// How the door of a thread is made.
 #[derive(Clone)]
 pub struct Doors {

@@ -35,6 +35,8 @@ mod hold;
 mod http;
 #[path = "limits.rs"]
 mod limits;
+#[path = "memory.rs"]
+mod memory;
 #[path = "metrics.rs"]
 mod metrics;
 #[path = "preface.rs"]

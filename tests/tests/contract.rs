@@ -222,3 +222,28 @@ fn the_agent_reads_every_field_of_a_certificate() {
     let read: ours::Status = serde_json::from_str(&serde_json::to_string(&status).unwrap()).unwrap();
     assert_eq!(serde_json::to_value(&read.certificates).unwrap(), said);
 }
+
+#[test]
+fn the_agent_reads_every_part_of_the_bound_of_memory() {
+    use epagent_balancer::control::memory as their;
+    let bound = their::MemoryBound {
+        total_bytes: 45,
+        receive_buffers_bytes: 1,
+        waiting_bytes: 2,
+        connections_bytes: 3,
+        kept_bytes: 4,
+        tls_bytes: 5,
+        sources_bytes: 6,
+        table_bytes: 7,
+        control_bytes: 8,
+        process_bytes: 9,
+        kernel_sockets_bytes: 10,
+    };
+    let said = serde_json::to_value(&bound).unwrap();
+    let memory =
+        their::MemoryStatus { waiting_bytes: 11, waiting_bytes_max: 12, bound, ..Default::default() };
+    let status = protocol::Status { memory, ..Default::default() };
+    let read: ours::Status = serde_json::from_str(&serde_json::to_string(&status).unwrap()).unwrap();
+    assert_eq!(serde_json::to_value(&read.memory.bound).unwrap(), said);
+    assert_eq!((read.memory.waiting_bytes, read.memory.waiting_bytes_max), (11, 12));
+}

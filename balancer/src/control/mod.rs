@@ -10,6 +10,7 @@ pub mod certificates;
 pub mod client;
 pub mod connections;
 pub mod counters;
+pub mod memory;
 pub mod protocol;
 pub mod server;
 pub mod traffic;

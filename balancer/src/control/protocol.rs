@@ -24,6 +24,7 @@ use super::audit::{Audit, AuditQuery};
 use super::certificates::{Certificates, ReloadCertificatesQuery};
 use super::connections::{Connections, ConnectionsQuery};
 pub use super::counters::Counters;
+pub use super::memory::MemoryStatus;
 use super::traffic::{Ends, Latency, Responses, add_some};
 use crate::core::histogram::Histogram;
 use crate::doors::Io;
@@ -221,30 +222,6 @@ pub struct Status {
     /// What TLS listeners show their clients.
     #[serde(default, skip_serializing_if = "Certificates::is_empty")]
     pub certificates: Certificates,
-}
-
-/// What waits in memory, and what may.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MemoryStatus {
-    /// All receive buffers of all threads; only what was used of them takes memory.
-    pub buffers_bytes: u64,
-    /// Receive buffers lent to sends that wait for a peer, and most that may be.
-    pub lent_buffers: u64,
-    pub lent_buffers_max: u64,
-    /// Bytes of our own that wait for peers that do not keep up, and most that may.
-    pub waiting_bytes: u64,
-    pub waiting_bytes_max: u64,
-}
-
-impl MemoryStatus {
-    /// Adds what another thread has.
-    pub fn add(&mut self, other: &Self) {
-        self.buffers_bytes += other.buffers_bytes;
-        self.lent_buffers += other.lent_buffers;
-        self.lent_buffers_max += other.lent_buffers_max;
-        self.waiting_bytes += other.waiting_bytes;
-        self.waiting_bytes_max += other.waiting_bytes_max;
-    }
 }
 
 /// A process that drains.

@@ -16,7 +16,7 @@ use super::audit::Actor;
 use super::protocol::{ControlError, ErrorCode, LINE_BYTES_MAX, Request, Response, Waited};
 
 /// Most control connections at a time; one more is closed at once.
-const PEERS_MAX: usize = 16;
+pub const PEERS_MAX: usize = 16;
 /// How long a peer may take to accept its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most bytes read from one peer before the others have their turn.

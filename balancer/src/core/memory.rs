@@ -84,6 +84,7 @@ impl Budget {
             lent_buffers_max: self.limits.lent_max as u64,
             waiting_bytes: self.spilled_bytes.get() as u64,
             waiting_bytes_max: self.limits.spill_bytes_max as u64,
+            ..MemoryStatus::default()
         }
     }
 

@@ -26,6 +26,7 @@
 //! | `connections` | what is open, a page at a time |
 //! | [`http`] | strict heads, body framing, the balancer's own answers |
 //! | [`chunk`], [`outbox`], [`memory`] | bytes without copying, and what a slow peer may cost |
+//! | [`bound`] | how much memory all of it may take |
 //! | `random` | numbers that replay |
 //! | `slab`, `timers`, [`config`] | keys that go stale safely, lazy deadlines, every bound |
 //!
@@ -37,6 +38,7 @@ pub mod access;
 pub mod acme;
 mod actions;
 mod activity;
+pub mod bound;
 mod checks;
 mod choose;
 pub mod chunk;

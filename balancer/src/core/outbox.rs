@@ -80,6 +80,10 @@ pub struct Send {
 }
 
 impl Outbox {
+    /// What an outbox takes that has something in it, beside the bytes, which the budget counts. Spilled chunks
+    /// are joined and few are lent, so the queue is short.
+    pub const BUSY_BYTES: usize = size_of::<Busy>() + 8 * size_of::<Chunk>();
+
     /// Bytes not yet taken by the socket.
     pub fn bytes(&self) -> usize {
         self.busy.as_ref().map_or(0, |busy| busy.bytes)

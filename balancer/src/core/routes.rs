@@ -99,7 +99,7 @@ impl Route {
     }
 }
 
-fn hashes(route: &table::Route) -> bool {
+pub(super) fn hashes(route: &table::Route) -> bool {
     matches!(&route.action, Action::Proxy(Proxy { algorithm: Algorithm::Hash(_), .. }))
 }
 

@@ -80,6 +80,11 @@ impl<K, T> Default for Slab<K, T> {
     }
 }
 
+impl<K, T> Slab<K, T> {
+    /// What a slot takes, free or not.
+    pub const SLOT_BYTES: usize = size_of::<Slot<T>>() + size_of::<u32>();
+}
+
 impl<K: Key, T> Slab<K, T> {
     pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()

@@ -55,6 +55,12 @@ fn process(text: &mut Text, status: &Status) {
     text.sample(&[], memory.waiting_bytes);
     text.family("waiting_bytes_max", Kind::Gauge, "Most bytes that may wait in memory.");
     text.sample(&[], memory.waiting_bytes_max);
+    text.family("memory_bound_bytes", Kind::Gauge, "The most memory the process may come to use, by part.");
+    for (part, bytes) in memory.bound.parts() {
+        text.sample(&[("part", part)], bytes);
+    }
+    text.family("kernel_sockets_bound_bytes", Kind::Gauge, "The most the kernel may use for its sockets.");
+    text.sample(&[], memory.bound.kernel_sockets_bytes);
     text.family("routes", Kind::Gauge, "Routes of the table.");
     text.sample(&[], status.routes.len());
     text.family("upstreams", Kind::Gauge, "Upstreams by state.");

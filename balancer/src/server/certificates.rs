@@ -62,6 +62,11 @@ impl Reader {
         true
     }
 
+    /// Whether there is a folder of them, so that clients may speak TLS.
+    pub fn is_in_use(&self) -> bool {
+        self.folder.is_some()
+    }
+
     pub fn report(&self) -> Certificates {
         let (store, now) = (self.context.certificates.store(), folder::now());
         let in_force = store.pairs().iter().map(|pair| shown(pair, &store, now)).collect();

@@ -9,6 +9,7 @@ mod audit;
 mod certificates;
 mod connections;
 mod life;
+mod memory;
 mod reread;
 mod say;
 mod status;
@@ -32,6 +33,7 @@ use nix::sys::signalfd::SignalFd;
 use self::audit::Trail;
 use self::certificates::Reader;
 use self::life::Life;
+use self::memory::Setup;
 use self::reread::ConfigSource;
 pub use self::say::{chain, log};
 use self::system::{connections_by_descriptors, random_seed, watch_signals};
@@ -172,6 +174,8 @@ pub struct Server {
     notifier: Notifier,
     watchdog: Option<Watchdog>,
     started: Instant,
+    /// What the bound of its memory follows from.
+    setup: Setup,
     log: Option<RunningLog>,
     /// Who changed what.
     trail: Trail,
@@ -206,6 +210,7 @@ impl Server {
             access_log_agent: options.access_log.as_ref().is_some_and(|log| log.format == Format::Combined),
             ..options.config
         };
+        let setup = Setup::new(threads, &config, options.buffers, certificates.is_in_use());
         let log =
             options.access_log.as_ref().map(RunningLog::start).transpose().map_err(ServerError::AccessLog)?;
         let remarks = say::start_remarking().map_err(ServerError::Log)?;
@@ -263,6 +268,7 @@ impl Server {
             stop_timeout: options.stop_timeout,
             drain_timeout: options.drain_timeout,
             started: Instant::now(),
+            setup,
             log,
             trail: Trail::default(),
         };
@@ -318,6 +324,7 @@ impl Server {
             log(&format!("listening: {} on {}", listener.name, listener.address));
         }
         let serving = format!("serving table {} with {} routes", self.table.version, self.table.routes.len());
+        log(&format!("memory: at most {}", self.memory_bound()));
         log(&serving);
         self.notifier.say(&format!("READY=1\nSTATUS={serving}"));
         Ok(())

@@ -67,6 +67,7 @@ impl Server {
         for worker in &self.workers {
             add_snapshot(&mut status, worker.snapshot(query.latency, THREAD_TIMEOUT)?);
         }
+        status.memory.bound = self.memory_bound();
         status.routes.sort_by(|a, b| a.id.cmp(&b.id));
         status.upstreams.sort_by(|a, b| (&a.id, &a.address).cmp(&(&b.id, &b.address)));
         Some(status)

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use rustls::ServerConfig;
 
 use super::outgoing::Outgoing;
-use super::session::{Fault, RECORD_BYTES, Sealed, Session};
+use super::session::{Fault, RECORD_BYTES, RECORD_OVERHEAD_BYTES, Sealed, Session};
 use crate::core::chunk::Chunk;
 use crate::core::io::{Completion, Errno, Op, RecvEnd, RecvMode, SendMode, SockId};
 use crate::core::secure::TlsFault;
@@ -32,6 +32,8 @@ use crate::core::secure::TlsFault;
 const WAIT_ALL_BYTES: usize = 4 * RECORD_BYTES;
 /// The same of one that waits for some: what slow clients get.
 const WAIT_SOME_BYTES: usize = RECORD_BYTES;
+/// Most ciphertext on its way out: of a send that waits, behind one that was tried.
+pub const OUT_BYTES_MAX: usize = 2 * (WAIT_ALL_BYTES / RECORD_BYTES) * (RECORD_BYTES + RECORD_OVERHEAD_BYTES);
 /// Most that is received at a time during the handshake.
 const HANDSHAKE_RECV_BYTES: u32 = 16 * 1024;
 

@@ -41,6 +41,7 @@ use std::time::Duration;
 
 use self::conn::{Conn, Effects, Next};
 use self::context::Context;
+use self::session::{HANDSHAKE_BYTES_MAX, RECORD_BYTES};
 use crate::core::chunk::Chunk;
 use crate::core::io::{Completion, ListenerId, Op, SockId};
 use crate::core::secure::TlsFault;
@@ -60,6 +61,16 @@ pub struct TlsDoor<D> {
     /// What it is to do.
     down: Vec<Op>,
     scratch: Vec<u8>,
+}
+
+/// What rustls allocates for a connection while its handshake lasts, which is when it needs most.
+const RUSTLS_BYTES: usize = 16 * 1024;
+
+/// The most memory that a connection may take: what it has heard of a record or a handshake, what was in that,
+/// and records on their way out.
+pub fn connection_bytes_max() -> usize {
+    let heard = 2 * HANDSHAKE_BYTES_MAX + 2 * RECORD_BYTES;
+    size_of::<Conn>() + RUSTLS_BYTES + heard + conn::OUT_BYTES_MAX
 }
 
 impl<D: Door> TlsDoor<D> {

@@ -20,10 +20,10 @@ use crate::core::secure::{Secured, TlsFault};
 pub const RECORD_BYTES: usize = 16 * 1024;
 /// Room for what a record adds to its plain text, in any version: at most 5 of header and 255 of the rest
 /// (RFC 8446 §5.2).
-const RECORD_OVERHEAD_BYTES: usize = 512;
+pub const RECORD_OVERHEAD_BYTES: usize = 512;
 /// Most a client may send before its handshake is done. A hello with a post-quantum key share has some two
 /// thousand bytes.
-const HANDSHAKE_BYTES_MAX: usize = 64 * 1024;
+pub const HANDSHAKE_BYTES_MAX: usize = 64 * 1024;
 /// Alerts in which we differ from rustls.
 const PROTOCOL_VERSION: u8 = 70;
 /// RFC 6066 §3.

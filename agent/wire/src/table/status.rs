@@ -20,8 +20,6 @@ pub struct Status {
     pub io: String,
     /// Whether unix sockets of tenants may be upstreams: `open`, or why not.
     pub tenant_sockets: String,
-    /// The most memory the process may come to use; 0 when it does not say.
-    pub memory_bytes_max: u64,
     pub listeners: Vec<ListenerStatus>,
     pub routes: Vec<RouteStatus>,
     /// Also upstreams that have left the table and still have something to finish.
@@ -31,6 +29,40 @@ pub struct Status {
     pub draining: Vec<DrainingStatus>,
     /// What TLS listeners show their clients.
     pub certificates: Certificates,
+    pub memory: MemoryStatus,
+}
+
+/// What waits in memory, and how much the process may come to use at all.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryStatus {
+    /// Bytes that wait for peers that do not keep up, and most that may.
+    pub waiting_bytes: u64,
+    pub waiting_bytes_max: u64,
+    pub bound: MemoryBound,
+}
+
+/// The most memory that the balancer may come to use, in bytes, by what for: each part at its worst, all at a time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryBound {
+    /// The sum of all parts but the kernel's; 0 when the balancer does not say.
+    pub total_bytes: u64,
+    pub receive_buffers_bytes: u64,
+    /// What waits for peers that do not keep up.
+    pub waiting_bytes: u64,
+    /// Records of connections.
+    pub connections_bytes: u64,
+    /// Unfinished heads, and bodies that have nowhere to go yet.
+    pub kept_bytes: u64,
+    pub tls_bytes: u64,
+    /// Who has how much of each limit.
+    pub sources_bytes: u64,
+    pub table_bytes: u64,
+    pub control_bytes: u64,
+    pub process_bytes: u64,
+    /// The kernel's, for the sockets' own buffers; not part of the total.
+    pub kernel_sockets_bytes: u64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

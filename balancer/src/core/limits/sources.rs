@@ -44,6 +44,13 @@ pub struct Sources {
 }
 
 impl Sources {
+    /// What the largest table takes. A map of so many entries has twice as many places, and half as many again
+    /// while it grows.
+    pub fn bytes_max() -> usize {
+        let place = size_of::<((Scope, IpAddr), SourceKey)>() + 1;
+        SOURCES_MAX * (Slab::<SourceKey, Source>::SLOT_BYTES + 3 * place)
+    }
+
     pub fn get_mut(&mut self, key: SourceKey) -> Option<&mut Source> {
         self.slab.get_mut(key)
     }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use epagent_wire::api::Route;
 use epagent_wire::table::{
-    CertificateStatus, Certificates, Connection, Connections, RefusedCertificate, Reloaded, Status,
+    CertificateStatus, Certificates, Connection, Connections, MemoryStatus, RefusedCertificate, Reloaded,
+    Status,
 };
 use hyper::Method;
 
@@ -63,9 +64,7 @@ async fn status(client: &Client) -> Outcome {
         ),
         ("app sockets", status.tenant_sockets.replace('_', " ")),
     ];
-    if status.memory_bytes_max > 0 {
-        facts.push(("memory", format!("{} at most", size(status.memory_bytes_max))));
-    }
+    facts.extend(memory(&status.memory));
     written(facts.iter().try_for_each(|(name, value)| screen.line(&format!("{name:<12} {value}"))))?;
     for old in &status.draining {
         let seconds = old.drains_for_ms / 1000;
@@ -107,6 +106,31 @@ fn troubles(status: &Status) -> Vec<String> {
         true => Vec::new(),
         false => vec![format!("{:<12} {}", "not served", told.join(", "))],
     }
+}
+
+/// How much it may come to use, and what for; nothing of a balancer that does not say.
+fn memory(memory: &MemoryStatus) -> Vec<(&'static str, String)> {
+    let bound = &memory.bound;
+    if bound.total_bytes == 0 {
+        return Vec::new();
+    }
+    let parts = [
+        ("buffers", bound.receive_buffers_bytes),
+        ("waiting", bound.waiting_bytes),
+        ("connections", bound.connections_bytes),
+        ("heads and bodies kept", bound.kept_bytes),
+        ("TLS", bound.tls_bytes),
+        ("sources", bound.sources_bytes),
+        ("table", bound.table_bytes),
+        ("control", bound.control_bytes),
+        ("process", bound.process_bytes),
+    ];
+    let parts = parts.iter().filter(|(_, bytes)| *bytes > 0);
+    let parts: Vec<String> = parts.map(|(name, bytes)| format!("{name} {}", size(*bytes))).collect();
+    vec![
+        ("memory", format!("{} at most: {}", size(bound.total_bytes), parts.join(", "))),
+        ("", format!("the kernel's for sockets: {} at most", size(bound.kernel_sockets_bytes))),
+    ]
 }
 
 fn refused(certificates: &Certificates) -> Vec<String> {
