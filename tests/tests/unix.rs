@@ -95,6 +95,33 @@ fn an_app_on_a_unix_socket_is_deployed_checked_and_replaced_without_a_loss() {
 }
 
 #[test]
+fn the_example_serves_on_its_socket_and_stops_in_order() {
+    let host = DevHost::start();
+    if !is_possible(&host) {
+        return host.stop();
+    }
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/hello-unix");
+    host.cli(&["deploy", example]).ok();
+    assert!(
+        host.fetch("hello-unix.localhost", "/").starts_with("Hello from a unix socket, version 1, from ")
+    );
+    for row in host.wait_healthy("hello-unix", 2) {
+        assert!(row.address.is_some_and(|address| address.starts_with("unix:")));
+    }
+    // Its own folder is all it listens in.
+    let listening = host.inside("hello-unix", "cat /proc/net/tcp /proc/net/tcp6 | grep -c ' 0A '").stdout;
+    assert_eq!(listening.trim(), "0", "it listens on TCP too");
+    let load = host.load("hello-unix.localhost", "Hello from a unix socket");
+    load.wait_for(50, Duration::from_secs(30));
+    host.cli(&["restart", "hello-unix"]).ok();
+    load.wait_for(50, Duration::from_secs(30));
+    load.finish().assert_none_failed();
+    let said = host.cli(&["logs", "hello-unix", "-n", "1000"]).ok();
+    assert!(said.contains("version 1 listens on /run/app/app.sock"), "{said}");
+    host.stop();
+}
+
+#[test]
 fn nobody_but_the_app_and_the_balancer_reaches_the_socket() {
     let host = DevHost::start();
     if !is_possible(&host) {
