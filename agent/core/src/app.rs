@@ -26,6 +26,7 @@
 //!
 //! `restart`, `rollback` and a change of configuration are deploys, so that there is one way to replace what runs.
 
+pub mod ages;
 mod candidate;
 #[cfg(test)]
 mod simulation;
@@ -91,6 +92,7 @@ pub struct Instance {
     pub index: u32,
     pub state: InstanceState,
     pub health: Health,
+    /// Since when it has been being made, or running, by the steady clock, as the other times here.
     pub started_at_ms: u64,
     /// Since when it has not been healthy, if it was before.
     pub unhealthy_since_ms: Option<u64>,
@@ -115,7 +117,7 @@ pub enum InstanceState {
     Exited(Exit),
 }
 
-/// How often in a row an instance crashed, and when last.
+/// How often in a row an instance crashed, and when last, by the steady clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Crash {
     pub restarts: u32,
@@ -228,7 +230,7 @@ impl Instance {
 }
 
 /// The next actions for one app. Calling it again after they were carried out, and whenever something changed,
-/// brings the app to what is wanted.
+/// brings the app to what is wanted. `now_ms` is of the steady clock ([`crate::clock`]), as every time in the view.
 pub fn plan(view: &View, now_ms: u64) -> Vec<Action> {
     let mut actions = Vec::new();
     end_instances(view, now_ms, &mut actions);

@@ -13,6 +13,7 @@
 //! | [`app`] | one app's next actions, from what is wanted and what is seen |
 //! | [`health`] | when checks that rise and fall make an instance healthy |
 //! | [`backoff`] | how long to wait before a crashed instance is started again |
+//! | [`clock`] | which of two clocks measures what |
 //! | [`exit`] | how a process ended, in words |
 //! | [`verdict`] | what a failed deploy tells the operator |
 
@@ -20,6 +21,7 @@
 
 pub mod app;
 pub mod backoff;
+pub mod clock;
 pub mod exit;
 pub mod health;
 pub mod name;

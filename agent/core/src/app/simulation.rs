@@ -1,6 +1,7 @@
 //! A seeded world around [`plan`](super::plan): instances start, become healthy, crash and end at random moments,
 //! actions get lost, and the caller is killed between any two of them. Each seed can be replayed by its number.
 
+mod clocks;
 mod sleeping;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -65,6 +66,8 @@ struct World {
     taken: BTreeSet<JailId>,
     /// The balancer takes no table.
     deaf: bool,
+    /// Requests do not end.
+    busy: bool,
     starts: u32,
 }
 
@@ -95,6 +98,7 @@ impl World {
             asked: BTreeSet::new(),
             taken: BTreeSet::new(),
             deaf: false,
+            busy: false,
             starts: 0,
         }
     }
@@ -204,7 +208,7 @@ impl World {
                     instance.health = Health::Healthy;
                 }
                 InstanceState::Draining { in_flight, .. } if chance < 50 && self.view.table_current => {
-                    *in_flight = Some(0);
+                    *in_flight = Some(u32::from(self.busy));
                 }
                 InstanceState::Stopping { sent: true } if chance < 50 => {
                     instance.state = InstanceState::Exited(Exit { signal: Some(15), ..Exit::default() });

@@ -24,8 +24,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use epagent_core::app::ages::Ages;
 use epagent_core::app::{Crash, plan};
-use epagent_core::name::{AppName, JailId, ProcessName};
+use epagent_core::name::{AppName, DeployId, JailId, ProcessName};
 use epagent_core::verdict::Cause;
 use epagent_store::{Store, StoreError, Wanted};
 use tokio::sync::Notify;
@@ -175,13 +176,12 @@ struct AppLoop {
     parts: Parts,
     wake: Arc<Notify>,
     crashes: BTreeMap<(ProcessName, u32), Crash>,
-    /// Since when the balancer knows that instances drain, as far as this process saw it.
-    draining: HashMap<JailId, u64>,
+    /// Since when instances are as they are.
+    ages: Ages,
     /// Instances the runner was told to stop, by this process: another one tells it again.
     stops_sent: HashSet<JailId>,
-    unhealthy: HashMap<JailId, u64>,
-    /// Nothing is held against an instance for the time in which nobody looked.
-    begun_at_ms: u64,
+    /// The deploy whose archive is waited for, and since when.
+    awaited_upload: Option<(DeployId, u64)>,
     tidied_at: Option<Instant>,
     /// The trouble that was last recorded, so that it is told once and not every round.
     trouble: Option<String>,
@@ -212,10 +212,9 @@ impl AppLoop {
             parts,
             wake,
             crashes: BTreeMap::new(),
-            draining: HashMap::new(),
+            ages: Ages::default(),
             stops_sent: HashSet::new(),
-            unhealthy: HashMap::new(),
-            begun_at_ms: clock::now_ms(),
+            awaited_upload: None,
             tidied_at: None,
             trouble: None,
         }
@@ -301,7 +300,7 @@ impl AppLoop {
             return Ok(Pace::Again);
         }
         let swept = self.sweep(&seen, &world, app.wanted).await?;
-        let actions = plan(&seen.view, clock::now_ms());
+        let actions = plan(&seen.view, clock::steady_ms());
         let acted = !actions.is_empty();
         for action in actions {
             if self.act(action, &seen).await? == Next::LookAgain {
@@ -318,7 +317,7 @@ impl AppLoop {
         }
         Ok(match (acted || swept, seen.is_settled()) {
             (true, _) => Pace::Again,
-            (false, false) if seen.is_starting(clock::now_ms()) => Pace::Quick,
+            (false, false) if self.is_starting(&seen) => Pace::Quick,
             (false, false) => Pace::Busy,
             (false, true) => Pace::Calm,
         })

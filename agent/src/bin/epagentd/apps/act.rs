@@ -149,7 +149,7 @@ impl AppLoop {
         let store = &self.parts.store;
         let now_ms = clock::now_ms();
         store.event_add(Some(&self.app), Some(row.deploy), "instance.unhealthy", &message, now_ms).await?;
-        self.count_crash(&row.process, row.index, now_ms.saturating_sub(row.created_at_ms));
+        self.count_crash(&row.process, row.index, self.ages.lived_ms(id, clock::moment()));
         self.parts.store.instance_state(id, state::DRAINING).await?;
         Ok(())
     }
@@ -183,8 +183,7 @@ impl AppLoop {
         let by_itself = !was_asked && !exit.is_unknown();
         let serves = seen.view.serving.as_ref().is_some_and(|serving| serving.deploy == row.deploy);
         if by_itself && serves {
-            let lived_ms = clock::now_ms().saturating_sub(row.created_at_ms);
-            self.count_crash(&row.process, row.index, lived_ms);
+            self.count_crash(&row.process, row.index, self.ages.lived_ms(id, clock::moment()));
         }
         self.parts.store.instance_ended(id, state::EXITED, exit, clock::now_ms()).await?;
         self.forget_jail(id).await
@@ -204,7 +203,7 @@ impl AppLoop {
         let place = (process.clone(), index);
         let before = self.crashes.get(&place).map_or(0, |crash| crash.restarts);
         let restarts = if lived_ms >= backoff::FORGIVEN_AFTER_MS { 1 } else { before + 1 };
-        self.crashes.insert(place, Crash { restarts, at_ms: clock::now_ms() });
+        self.crashes.insert(place, Crash { restarts, at_ms: clock::steady_ms() });
     }
 
     /// Ends a deploy as failed, with everything that can be found out about it.

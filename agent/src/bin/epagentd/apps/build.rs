@@ -84,7 +84,7 @@ impl AppLoop {
         }
     }
 
-    async fn received(&self, deploy: &Deploy, progress: &Progress) -> Result<bool, RoundError> {
+    async fn received(&mut self, deploy: &Deploy, progress: &Progress) -> Result<bool, RoundError> {
         let now_ms = clock::now_ms();
         if deploy.kind != DeployKind::Deploy {
             let note = "nothing to build";
@@ -98,13 +98,24 @@ impl AppLoop {
                 .store
                 .deploy_advance(deploy.id, Phase::Received, Phase::Building, note, now_ms)
                 .await?;
-        } else if now_ms.saturating_sub(deploy.created_at_ms) > UPLOAD_MS_MAX {
+        } else if self.waited_for_upload_ms(deploy) > UPLOAD_MS_MAX {
             let why = format!("its archive did not come within {} minutes", UPLOAD_MS_MAX / 60_000);
             self.give_up(deploy, Cause::Canceled { why }, None).await?;
         } else {
             return Ok(false);
         }
         Ok(true)
+    }
+
+    /// How long this deploy's archive has been waited for.
+    fn waited_for_upload_ms(&mut self, deploy: &Deploy) -> u64 {
+        let now = clock::moment();
+        let since_ms = match self.awaited_upload {
+            Some((awaited, since_ms)) if awaited == deploy.id => since_ms,
+            _ => now.when(deploy.created_at_ms),
+        };
+        self.awaited_upload = Some((deploy.id, since_ms));
+        now.steady_ms.saturating_sub(since_ms)
     }
 
     async fn building(

@@ -82,12 +82,11 @@ impl AppLoop {
             self.parts.waking.answered(&self.app, &process);
             seen.view.awaited.remove(&process);
         }
-        if seen.may_sleep(clock::now_ms()) {
+        if seen.may_sleep(clock::steady_ms()) {
             seen.view.idle_ms = self.parts.waking.idle_ms(&self.app).await;
         }
-        self.draining.retain(|id, _| seen.rows.contains_key(id));
+        self.ages.keep(|id| seen.rows.contains_key(id));
         self.stops_sent.retain(|id| seen.rows.contains_key(id));
-        self.unhealthy.retain(|id, _| seen.rows.contains_key(id));
         Ok(seen)
     }
 
@@ -108,9 +107,10 @@ impl AppLoop {
             None if proven => Health::Healthy,
             None => Health::Unproven,
         };
+        let now = clock::moment();
         if row.restarts > 0 {
             let place = (row.process.clone(), row.index);
-            let at_ms = row.created_at_ms;
+            let at_ms = now.when(row.created_at_ms);
             self.crashes.entry(place).or_insert(Crash { restarts: row.restarts, at_ms });
         }
         let state = match jail.map(|jail| &jail.state) {
@@ -119,10 +119,10 @@ impl AppLoop {
                 seen.unstarted.push(row.jail.clone());
                 InstanceState::Starting
             }
-            None => InstanceState::Exited(Exit { at_ms: clock::now_ms(), ..Exit::default() }),
+            None => InstanceState::Exited(Exit { at_ms: now.wall_ms, ..Exit::default() }),
             Some(JailState::Starting | JailState::Running) => match row.state.as_str() {
                 state::DRAINING => {
-                    let since_ms = self.draining.get(&row.jail).copied().unwrap_or_else(clock::now_ms);
+                    let since_ms = self.ages.draining_since(&row.jail).unwrap_or(now.steady_ms);
                     InstanceState::Draining { since_ms, in_flight: None }
                 }
                 state::STOPPING => InstanceState::Stopping { sent: self.stops_sent.contains(&row.jail) },
@@ -141,13 +141,10 @@ impl AppLoop {
                 seen.addresses.insert(row.jail.clone(), address);
             }
         }
-        let started_at_ms = row.started_at_ms.unwrap_or(row.created_at_ms).max(self.begun_at_ms);
-        let unhealthy_since_ms = if health == Health::Unhealthy {
-            Some(*self.unhealthy.entry(row.jail.clone()).or_insert_with(clock::now_ms))
-        } else {
-            self.unhealthy.remove(&row.jail);
-            None
-        };
+        let is_started = state != InstanceState::Starting;
+        let started_at_ms = self.ages.see(&row.jail, row.created_at_ms, is_started, now);
+        let is_unhealthy = health == Health::Unhealthy;
+        let unhealthy_since_ms = self.ages.unhealthy_since(&row.jail, is_unhealthy, now);
         seen.view.instances.push(Instance {
             id: row.jail.clone(),
             deploy: row.deploy,
@@ -198,8 +195,9 @@ impl AppLoop {
             return;
         }
         // From here on the balancer is known to send nothing new: the time a drain may take begins.
+        let now = clock::moment();
         for instance in seen.view.instances.iter().filter(|instance| drains(instance)) {
-            self.draining.entry(instance.id.clone()).or_insert_with(clock::now_ms);
+            self.ages.drains(&instance.id, now);
         }
         let Some(counts) = self.parts.routing.in_flight().await else { return };
         for instance in &mut seen.view.instances {
@@ -207,6 +205,14 @@ impl AppLoop {
                 *in_flight = Some(counts.get(&instance.id).copied().unwrap_or(0));
             }
         }
+    }
+
+    /// Something is being made, and was begun a moment ago.
+    pub(super) fn is_starting(&self, seen: &Seen) -> bool {
+        let now = clock::moment();
+        let starts = |instance: &&Instance| instance.state == InstanceState::Starting;
+        let mut starting = seen.view.instances.iter().filter(starts);
+        starting.any(|instance| self.ages.lived_ms(&instance.id, now) < QUICK_MS_MAX)
     }
 }
 
@@ -252,14 +258,6 @@ impl Seen {
                     && self.view.instances.iter().filter(of_process).all(is_old)
             })
         })
-    }
-
-    /// Something is being made, and was begun a moment ago.
-    pub fn is_starting(&self, now_ms: u64) -> bool {
-        let just_begun = |row: &Row| now_ms.saturating_sub(row.created_at_ms) < QUICK_MS_MAX;
-        let starts = |instance: &&Instance| instance.state == InstanceState::Starting;
-        let mut starting = self.view.instances.iter().filter(starts);
-        starting.any(|instance| self.rows.get(&instance.id).is_some_and(just_begun))
     }
 
     /// Nothing is on its way.
