@@ -8,11 +8,15 @@ mod door;
 mod hello;
 #[path = "../fuzz/src/parsers.rs"]
 mod parsers;
+#[path = "../fuzz/src/tls_records.rs"]
+mod tls_records;
 
 use std::panic::RefUnwindSafe;
 use std::sync::Mutex;
 
 use epagent_balancer::control::protocol::Counters;
+use epagent_balancer::core::io::RecvEnd;
+use epagent_balancer::core::secure::TlsFault;
 use hello::{client_hello, fatal_alert};
 
 /// Cases of each entry in one test run; some seconds in a debug build.
@@ -114,6 +118,30 @@ fn proxy_headers_are_judged_alike_however_they_come() {
     valid.push([&b"\r\n\r\n\0\r\nQUIT\n\x21\x21\0\x24"[..], &[0xfd; 36]].concat());
     check(parsers::proxy_header, |rng| rng.faulty(&valid));
     check(parsers::proxy_header, |rng| [b"\r\n\r\n\0\r\nQUIT\n\x21".to_vec(), rng.noise(100)].concat());
+}
+
+#[test]
+fn a_stranger_is_never_let_in_and_of_a_client_only_what_it_said_comes_out() {
+    let all = Mutex::new(Vec::new());
+    let entry = |bytes: &[u8]| all.lock().expect("unpoisoned").push(tls_records::tls_records(bytes));
+    let hellos = [0, 1].map(tls_records::hello);
+    let http = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n".to_vec();
+    // An even first byte is a stranger's, an odd one chooses a client.
+    let strangers =
+        [hellos.to_vec(), vec![http, fatal_alert(112), client_hello(Some("a.example"), 60)]].concat();
+    check(entry, |rng| [vec![rng.next() as u8 & !1], rng.faulty(&strangers)].concat());
+    check(entry, |rng| [vec![rng.next() as u8 & !1, 22, 3, 1], rng.noise(300)].concat());
+    check(entry, |rng| [vec![rng.next() as u8 | 1], rng.noise(60)].concat());
+    // Cases that reach nothing prove nothing.
+    let all = all.into_inner().expect("unpoisoned");
+    let count = |what: &dyn Fn(&tls_records::Outcome) -> bool| all.iter().filter(|case| what(case)).count();
+    for fault in [TlsFault::PlainHttp, TlsFault::NotTls, TlsFault::Gone, TlsFault::Broken] {
+        assert!(count(&|case| case.fault == Some(fault)) > 10, "hardly a case had {fault:?}");
+    }
+    let failed = |case: &tls_records::Outcome| matches!(case.end, Some(RecvEnd::Failed(_)));
+    assert!(count(&|case| case.secured && case.received_bytes > 0) > 100, "hardly a client was heard");
+    assert!(count(&|case| case.end == Some(RecvEnd::Eof)) > 100, "hardly a client ended in order");
+    assert!(count(&failed) > 10, "hardly a record was harmed");
 }
 
 #[test]

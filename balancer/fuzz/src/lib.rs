@@ -12,6 +12,8 @@
 
 mod door;
 mod parsers;
+mod tls_records;
 
 pub use self::door::completions;
 pub use self::parsers::{client_hello, http_head, proxy_header};
+pub use self::tls_records::{hello, tls_records};
