@@ -39,6 +39,8 @@ impl Rate {
 impl Bucket {
     /// Takes a token; or says after how many milliseconds there will be one.
     pub fn take(&mut self, rate: &Rate, now: Millis) -> Result<(), Millis> {
+        // A rate that was lowered: more than this one holds was never taken out of it.
+        self.taken = self.taken.min(rate.room());
         let filled = now.saturating_sub(self.at).saturating_mul(u64::from(rate.per_second));
         self.taken = self.taken.saturating_sub(filled);
         self.at = now;
@@ -78,6 +80,16 @@ mod tests {
             assert!((255..=270).contains(&got), "{shares} shares have {got}");
         }
         assert_eq!(taken(&Rate::new(1, Some(1), 4), 1, 100), 1, "a part of one is one, at first");
+    }
+
+    #[test]
+    fn a_rate_that_is_lowered_is_kept_to_at_once_and_pays_for_nothing_before() {
+        let mut bucket = Bucket::default();
+        let before = Rate::new(100_000, None, 1);
+        while bucket.take(&before, 1_000).is_ok() {}
+        let after = Rate::new(1, None, 1);
+        assert_eq!(bucket.take(&after, 1_000), Err(1_000), "the burst of before is used up");
+        assert_eq!(bucket.take(&after, 2_000), Ok(()));
     }
 
     #[test]
