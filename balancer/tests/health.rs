@@ -209,6 +209,25 @@ fn an_upstream_whose_traffic_fails_is_ejected_for_a_while() {
 }
 
 #[test]
+fn the_last_one_that_passes_its_checks_is_not_ejected() {
+    let patients = [Patient::new(503), Patient::new(503), Patient::new(200)];
+    let balancer = Balancer::start(&[]);
+    let both = CHECK.replace(r#""health":{"#, r#""health":{"passive":{"failures":3,"ejection_ms":60000},"#);
+    let members: Vec<(String, SocketAddr)> =
+        patients.iter().enumerate().map(|(n, patient)| (format!("p{n}"), patient.app.address)).collect();
+    let members: Vec<(&str, SocketAddr, &str)> =
+        members.iter().map(|(id, address)| (id.as_str(), *address, "up")).collect();
+    balancer.routes(&route(&format!(r#""all_down":"answer",{both}"#), &members));
+    until("the checks are in", || fleet(&balancer).usable == 1 && health(&balancer, "p0").failed_total > 0);
+    patients[2].status.store(500, Ordering::SeqCst);
+    for _ in 0..10 {
+        assert_eq!(get(&balancer), (500, None), "it is the app that answers");
+    }
+    let counters = balancer.status().counters;
+    assert!(counters.ejections == 0 && counters.ejections_capped > 0, "{counters:?}");
+}
+
+#[test]
 fn what_happens_when_nobody_is_left_is_the_routes_to_say() {
     let app = App::named("shop");
     let balancer = Balancer::start(&[]);

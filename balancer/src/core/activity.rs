@@ -48,7 +48,7 @@ impl Core {
         let now = self.now;
         let route = self.socks.get(client).and_then(|sock| sock.on_route);
         let Some(route) = route.and_then(|route| self.routes.get_mut(route)) else { return };
-        match route.chooser.report(key, good, now) {
+        match route.chooser.report(key, good, now, &self.upstreams) {
             None => {}
             Some(Reported::Capped) => self.counters.ejections_capped += 1,
             Some(Reported::Ejected { for_ms }) => {

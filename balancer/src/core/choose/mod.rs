@@ -156,9 +156,18 @@ impl Chooser {
     }
 
     /// Takes in what became of traffic given to an upstream; what it came to.
-    pub fn report(&mut self, key: UpstreamKey, good: bool, now: Millis) -> Option<Reported> {
+    pub fn report(
+        &mut self,
+        key: UpstreamKey,
+        good: bool,
+        now: Millis,
+        upstreams: &Upstreams,
+    ) -> Option<Reported> {
         let passive = self.passive?;
-        let ejected = self.ejected(now).count();
+        // Whom its checks keep away cannot stand in for one that is ejected.
+        let is_proven = |candidate: &Candidate| upstreams.get(candidate.key).is_some_and(Upstream::is_proven);
+        let is_away = |candidate: &&Candidate| candidate.outlier.is_ejected(now) || !is_proven(candidate);
+        let away = self.candidates.iter().filter(|candidate| candidate.up).filter(is_away).count();
         let of = self.up_count();
         let outlier = &mut self.candidates.iter_mut().find(|candidate| candidate.key == key)?.outlier;
         if good {
@@ -167,7 +176,7 @@ impl Chooser {
         if good || outlier.is_ejected(now) || !outlier.failed(&passive) {
             return None;
         }
-        match outlier::may_eject(&passive, ejected, of) {
+        match outlier::may_eject(&passive, away, of) {
             true => Some(Reported::Ejected { for_ms: outlier.eject(&passive, now) }),
             false => Some(Reported::Capped),
         }

@@ -56,10 +56,10 @@ impl Outlier {
     }
 }
 
-/// Whether one more may be ejected when so many of so many are.
-pub fn may_eject(passive: &Passive, ejected: usize, of: usize) -> bool {
+/// Whether one more may be ejected when so many of so many get nothing already, ejected or failing their checks.
+pub fn may_eject(passive: &Passive, away: usize, of: usize) -> bool {
     let most = of * usize::from(passive.ejected_max_percent) / 100;
-    ejected < most.min(of.saturating_sub(1))
+    away < most.min(of.saturating_sub(1))
 }
 
 #[cfg(test)]
