@@ -365,3 +365,18 @@ fn control_connections_go_along() {
     assert_ne!(new, old);
     assert_eq!(control.status().expect("a status on the same connection").pid, new);
 }
+
+#[test]
+fn a_new_process_that_has_checked_nobody_yet_turns_nobody_away() {
+    let app = App::named("shop");
+    let balancer = Generations::start(&[]);
+    let check = r#""all_down":"answer","health":{"active":{"check":{"http":{"path":"/"}},"rise":2}}"#;
+    let upstream = format!(r#""upstreams":[{{"id":"a","address":"{}","state":"up"}}]"#, app.address);
+    let action = format!(r#"{{"proxy":{{{check},{upstream}}}}}"#);
+    balancer.routes(&format!(r#"{{"id":"shop","match":{{"host":"shop.example"}},"action":{action}}}"#));
+    for _ in 0..5 {
+        let answer = Client::connect(balancer.http).get("shop.example", "/");
+        assert_eq!((answer.status, answer.text().as_str()), (200, "shop"));
+        balancer.reload().expect("it hands over");
+    }
+}

@@ -251,6 +251,20 @@ fn what_happens_when_nobody_is_left_is_the_routes_to_say() {
 }
 
 #[test]
+fn who_comes_before_the_first_verdict_waits_for_it_whatever_the_policy() {
+    let policy = format!(r#""all_down":"answer",{CHECK}"#);
+    let well = Patient::new(200);
+    let balancer = Balancer::start(&[]);
+    balancer.routes(&route(&policy, &[("p", well.app.address, "up")]));
+    assert_eq!(get(&balancer), (200, None), "it was not checked yet");
+    // What is known to be down is answered for at once, also to who has begun to wait.
+    let sick = Patient::new(503);
+    balancer.routes(&route(&policy, &[("sick", sick.app.address, "up")]));
+    assert_eq!(get(&balancer), (503, Some("all_down".to_owned())));
+    assert_eq!(sick.served(), 0);
+}
+
+#[test]
 fn tables_that_make_no_sense_are_refused() {
     let balancer = Balancer::start(&[]);
     let refused = |routes: &str| {

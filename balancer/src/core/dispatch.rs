@@ -45,9 +45,13 @@ impl Core {
         }
     }
 
-    /// Whether the route answers rather than holds when none of its upstreams can take anything.
+    /// Whether the route answers rather than holds when none of its upstreams can take anything. Of one that has
+    /// not been checked yet nobody knows that: until its first verdict, after a start or a handover in
+    /// milliseconds, whoever comes is held.
     pub(super) fn answers_at_once(&self, key: RouteKey) -> bool {
-        self.routes.get(key).is_some_and(|route| route.chooser.all_down == AllDown::Answer)
+        self.routes.get(key).is_some_and(|route| {
+            route.chooser.all_down == AllDown::Answer && !route.chooser.awaits_verdict(&self.upstreams)
+        })
     }
 
     /// Finds a route anew for a client whose route is gone.

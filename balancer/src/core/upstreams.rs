@@ -148,6 +148,11 @@ impl Upstream {
         self.check.as_ref().is_none_or(|check| check.verdict.is_passing())
     }
 
+    /// Whether its checks have yet to say anything of it.
+    pub fn is_unjudged(&self) -> bool {
+        self.check.as_ref().is_some_and(|check| check.verdict.is_unproven())
+    }
+
     pub fn is_lost(&self) -> bool {
         matches!(self.reach, Reach::Lost { .. })
     }

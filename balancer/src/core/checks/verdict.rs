@@ -57,6 +57,11 @@ impl Verdict {
         matches!(self, Verdict::Passing { .. })
     }
 
+    /// It has failed no check, and not passed enough.
+    pub fn is_unproven(self) -> bool {
+        matches!(self, Verdict::Unproven { .. })
+    }
+
     /// It gets no traffic, and the last check gave reason to think that it soon will.
     pub fn is_rising(self) -> bool {
         matches!(self, Verdict::Unproven { passes: 1.. } | Verdict::Failing { passes: 1.. })

@@ -133,6 +133,14 @@ impl Chooser {
         self.candidates.iter().filter(|candidate| candidate.up).count()
     }
 
+    /// Whether one that the table says is up is still to be judged by its checks for the first time.
+    pub fn awaits_verdict(&self, upstreams: &Upstreams) -> bool {
+        let is_unjudged = |candidate: &Candidate| {
+            candidate.up && upstreams.get(candidate.key).is_some_and(Upstream::is_unjudged)
+        };
+        self.candidates.iter().any(is_unjudged)
+    }
+
     /// What of a request is hashed, if anything is.
     pub fn hash_by(&self) -> Option<&HashBy> {
         match &self.algorithm {
