@@ -380,3 +380,21 @@ fn a_new_process_that_has_checked_nobody_yet_turns_nobody_away() {
         balancer.reload().expect("it hands over");
     }
 }
+
+#[test]
+fn what_an_old_process_holds_is_given_to_an_upstream_that_it_has_to_check_first() {
+    let app = App::named("shop");
+    let balancer = Generations::start(&["--drain-timeout-ms", "15000"]);
+    let table = |upstreams: &str| {
+        let check = r#""health":{"active":{"check":{"http":{"path":"/"}},"rise":2,"interval_ms":100}}"#;
+        let action = format!(r#"{{"proxy":{{{check},"upstreams":[{upstreams}]}}}}"#);
+        balancer.routes(&format!(r#"{{"id":"shop","match":{{"host":"shop.example"}},"action":{action}}}"#))
+    };
+    table("");
+    let mut client = Client::connect(balancer.http);
+    client.send(GET);
+    until("it is held", || balancer.status().routes[0].held == 1);
+    balancer.reload().expect("it hands over");
+    table(&format!(r#"{{"id":"new","address":"{}","state":"up"}}"#, app.address));
+    assert_eq!(client.read().text(), "shop");
+}

@@ -12,6 +12,8 @@
 //! upstreams that the table says are up are checked. One that comes (or comes up again) is unproven and gets
 //! nothing until it has passed; one that was up before it was ever checked keeps what it has until it fails.
 //!
+//! A process that drains after a handover goes on checking: what it holds is for upstreams that may be new.
+//!
 //! Each thread checks for itself, so `threads` checks reach an upstream in each interval. To have one thread
 //! check for all was rejected: its verdicts would have to travel, and a thread that is stuck would go on
 //! sending traffic by old ones.
@@ -160,7 +162,7 @@ impl Core {
 
     /// Begins the checks that are due, as many as may be at work.
     pub(super) fn start_checks(&mut self) {
-        while self.checks.running < Config::CHECKS_MAX && !self.stopping {
+        while self.checks.running < Config::CHECKS_MAX && !self.hurried {
             let Some(Reverse((at, key))) = self.checks.due.peek().copied().filter(|due| due.0.0 <= self.now)
             else {
                 return;
@@ -172,7 +174,7 @@ impl Core {
 
     /// When the next check is due, if one may begin.
     pub(super) fn next_check_at(&self) -> Option<Millis> {
-        let may = self.checks.running < Config::CHECKS_MAX && !self.stopping;
+        let may = self.checks.running < Config::CHECKS_MAX && !self.hurried;
         self.checks.due.peek().filter(|_| may).map(|Reverse((at, _))| *at)
     }
 
