@@ -25,6 +25,7 @@ fn every_read_command_speaks_json() {
         "errors",
         "doctor",
         "version",
+        "debug config",
     ] {
         let mut arguments: Vec<&str> = words.split(' ').collect();
         let plain = host.cli(&arguments);

@@ -12,12 +12,16 @@ use serde_json::Value;
 
 /// Every crate and the crates of ours it may use. The tests may use all of them.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
-    ("epagent", &["epagent-core", "epagent-wire", "epagent-store"]),
+    ("epagent", &["epagent-conf", "epagent-core", "epagent-store", "epagent-wire"]),
+    ("epagent-conf", &[]),
     ("epagent-core", &[]),
     ("epagent-wire", &["epagent-core"]),
     ("epagent-store", &["epagent-core"]),
     ("epagent-lease", &["epagent-core", "epagent-wire"]),
-    ("epagent-runner", &["epagent-core", "epagent-wire", "epagent-isolation", "epagent-storage"]),
+    (
+        "epagent-runner",
+        &["epagent-conf", "epagent-core", "epagent-wire", "epagent-isolation", "epagent-storage"],
+    ),
     ("epagent-isolation", &[]),
     ("epagent-storage", &[]),
     ("epagent-balancer", &[]),

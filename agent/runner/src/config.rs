@@ -1,18 +1,18 @@
 //! `runner.toml`: what the operator, and nobody else, decides.
 //!
 //! Everything a request must not be able to choose is here: where the pool is, which ids and addresses this node
-//! has, whose uid may speak, how much one instance may ask for at most. The file has to belong to root and be
-//! writable by root alone; an unknown key is an error, because a limit with a typo in it would be no limit.
+//! has, whose uid may speak, how much one instance may ask for at most. Files in `conf.d` may change it
+//! ([`epagent_conf`]).
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use epagent_conf::{ConfError, Daemon, Loaded, Private};
 use epagent_isolation::net::Cidr;
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// Ids in the range of one app, as the user namespaces of the instances have them.
 pub const IDS_PER_RANGE: u32 = 65_536;
@@ -21,29 +21,7 @@ pub const NODE_MAX: u16 = 127;
 /// No instance may be given more slots than this, however large the address block is.
 const SLOTS_MAX: u32 = 2_048;
 
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    #[error("read {path}")]
-    Read {
-        path: PathBuf,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error(
-        "{path} belongs to uid {uid} with mode {mode:o}; it has to belong to root and be writable by root alone"
-    )]
-    Owner { path: PathBuf, uid: u32, mode: u32 },
-    #[error("{path} is not valid")]
-    Syntax {
-        path: PathBuf,
-        #[source]
-        source: Box<toml::de::Error>,
-    },
-    #[error("{path}: {key}: {why}")]
-    Value { path: PathBuf, key: &'static str, why: String },
-}
-
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// 1 to [`NODE_MAX`]; every kernel object of this node carries it in its name.
@@ -72,7 +50,7 @@ pub struct Config {
     pub limits: Maxima,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(
     untagged,
     deny_unknown_fields,
@@ -85,14 +63,14 @@ pub enum Pool {
     Path { path: PathBuf },
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cgroup {
     /// The subtree of all jails, below the mount of the cgroup file system.
     pub root: String,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ids {
     /// The first host id of this node's block. Range 0 of it is for jobs on images.
@@ -100,7 +78,7 @@ pub struct Ids {
     pub ranges: u16,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Network {
     pub v4: Block<Ipv4Addr>,
@@ -108,7 +86,7 @@ pub struct Network {
     /// Where name server queries of the instances go.
     pub resolvers: Vec<IpAddr>,
     /// Private destinations that instances may reach all the same: a company's proxy.
-    #[serde(default, deserialize_with = "cidrs")]
+    #[serde(default, serialize_with = "texts", deserialize_with = "cidrs")]
     pub allow: Vec<Cidr>,
 }
 
@@ -121,13 +99,14 @@ impl Network {
 }
 
 /// What builds get beside what their manifest says.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Build {
     /// Certificate authorities that builds trust in place of the image's.
     pub ca_bundle: Option<PathBuf>,
-    /// Proxies and package indexes; `MIRROR` is the Debian mirror images are made from.
-    pub env: BTreeMap<String, String>,
+    /// Proxies and package indexes, whose addresses may hold passwords; `MIRROR` is the Debian mirror images are made
+    /// from.
+    pub env: BTreeMap<String, Private>,
     pub memory: Bytes,
     /// What may be written to the tree of one release or image.
     pub disk: Bytes,
@@ -151,7 +130,7 @@ impl Default for Build {
 }
 
 /// The most one instance may be given, whatever a request says.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Maxima {
     pub memory: Bytes,
@@ -177,23 +156,12 @@ impl Default for Maxima {
 }
 
 impl Config {
-    /// Reads and checks the file.
-    pub fn read(path: &Path) -> Result<Config, ConfigError> {
-        let read = |source| ConfigError::Read { path: path.to_owned(), source };
-        let facts = std::fs::metadata(path).map_err(read)?;
-        if facts.uid() != 0 || facts.mode() & 0o022 != 0 {
-            return Err(ConfigError::Owner {
-                path: path.to_owned(),
-                uid: facts.uid(),
-                mode: facts.mode() & 0o7777,
-            });
-        }
-        let text = std::fs::read_to_string(path).map_err(read)?;
-        let config: Config = toml::from_str(&text)
-            .map_err(|source| ConfigError::Syntax { path: path.to_owned(), source: Box::new(source) })?;
-        match config.fault() {
-            None => Ok(config),
-            Some((key, why)) => Err(ConfigError::Value { path: path.to_owned(), key, why }),
+    /// Reads and checks the files.
+    pub fn read(path: &Path) -> Result<Loaded<Config>, ConfError> {
+        let loaded: Loaded<Config> = epagent_conf::load(Daemon::Runner, path)?;
+        match loaded.config.fault() {
+            None => Ok(loaded),
+            Some((key, why)) => Err(loaded.fault(path, key, why)),
         }
     }
 
@@ -275,6 +243,9 @@ pub struct Duration {
     pub ms: u64,
 }
 
+const SIZES: [(&str, u64); 5] = [("", 1), ("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40)];
+const SPANS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
+
 fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
@@ -285,8 +256,7 @@ fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 impl FromStr for Bytes {
     type Err = String;
     fn from_str(text: &str) -> Result<Bytes, String> {
-        let units = [("", 1), ("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40)];
-        scaled(text, &units)
+        scaled(text, &SIZES)
             .map(Bytes)
             .ok_or_else(|| format!("{text:?} is not a size like \"512M\" or \"2G\""))
     }
@@ -304,8 +274,7 @@ impl FromStr for Percent {
 impl FromStr for Duration {
     type Err = String;
     fn from_str(text: &str) -> Result<Duration, String> {
-        let units = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
-        let ms = scaled(text, &units).filter(|ms| *ms > 0);
+        let ms = scaled(text, &SPANS).filter(|ms| *ms > 0);
         ms.map(|ms| Duration { ms })
             .ok_or_else(|| format!("{text:?} is not a time span like \"90s\" or \"30m\""))
     }
@@ -320,6 +289,16 @@ impl<A: FromStr> FromStr for Block<A> {
             .map(|(base, len)| Block { base, len })
             .ok_or_else(|| format!("{text:?} is not a block like ADDRESS/LENGTH"))
     }
+}
+
+/// The number in the largest unit that it is a multiple of.
+fn in_units(number: u64, units: &[(&str, u64)]) -> String {
+    let fitting = units.iter().rev().find(|(_, scale)| number.is_multiple_of(*scale));
+    fitting.map_or_else(|| number.to_string(), |(unit, scale)| format!("{}{unit}", number / scale))
+}
+
+fn texts<S: Serializer>(values: &[Cidr], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(values.iter().map(ToString::to_string))
 }
 
 fn cidrs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Cidr>, D::Error> {
@@ -338,6 +317,25 @@ macro_rules! deserialize_from_text {
 }
 
 deserialize_from_text!(Bytes, Percent, Duration, Block<Ipv4Addr>, Block<Ipv6Addr>);
+
+macro_rules! serialize_as_text {
+    ($($type:ty: $text:expr),*) => {$(
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                let text: fn(&$type) -> String = $text;
+                serializer.serialize_str(&text(self))
+            }
+        }
+    )*};
+}
+
+serialize_as_text!(
+    Bytes: |bytes| in_units(bytes.0, &SIZES),
+    Percent: |share| format!("{}%", share.0),
+    Duration: |span| in_units(span.ms, &SPANS),
+    Block<Ipv4Addr>: |block| format!("{}/{}", block.base, block.len),
+    Block<Ipv6Addr>: |block| format!("{}/{}", block.base, block.len)
+);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -395,6 +393,18 @@ cpu = "200%"
         assert_eq!(config.build.deadline.ms, 1_800_000);
         assert!(matches!(config.pool, Pool::Loop { size: Bytes(size), .. } if size == 6 << 30));
         assert_eq!((config.ranges(), config.range_base(1)), (256, 2197815296 + 65536));
+    }
+
+    #[test]
+    fn it_is_shown_as_it_is_written() {
+        let shown = toml::to_string(&example()).unwrap();
+        assert!(shown.contains("PIP_INDEX_URL = \"(not shown)\""), "{shown}");
+        let again: Config = toml::from_str(&shown).unwrap();
+        assert_eq!(toml::to_string(&again).unwrap(), shown);
+        let (written, shown): (toml::Table, toml::Table) = (EXAMPLE.parse().unwrap(), shown.parse().unwrap());
+        for (section, key) in [("pool", "size"), ("network", "v6"), ("build", "deadline"), ("build", "cpu")] {
+            assert_eq!(shown[section][key], written[section][key]);
+        }
     }
 
     #[test]

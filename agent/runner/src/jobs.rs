@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use epagent_conf::Private;
 use epagent_isolation::spec::{Limits as JailLimits, Profile};
 use epagent_storage::{ImageId, StagingId};
 use epagent_wire::runner::ArchiveFormat;
@@ -162,7 +163,7 @@ fn build_env(config: &Config) -> BTreeMap<String, String> {
             set(name, CA_IN_JAIL);
         }
     }
-    env.extend(config.build.env.clone());
+    env.extend(config.build.env.iter().map(|(name, value)| (name.clone(), value.reveal().to_owned())));
     env
 }
 
@@ -173,6 +174,6 @@ fn mmdebstrap(suite: &str, include: &BTreeSet<String>, config: &Config) -> Vec<S
     let include = format!("--include={}", packages.join(","));
     let fixed = ["/usr/bin/mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory"];
     // Without a mirror, mmdebstrap takes Debian's, with its security and update archives.
-    let mirror = config.build.env.get(MIRROR_NAME).map(String::as_str);
+    let mirror = config.build.env.get(MIRROR_NAME).map(Private::reveal);
     fixed.into_iter().chain([include.as_str(), suite, TARGET_DIR]).chain(mirror).map(str::to_owned).collect()
 }

@@ -55,7 +55,7 @@ mod worker;
 
 use config::Config;
 
-const USAGE: &str = "usage: epagent-runner run|check|hold --config FILE
+const USAGE: &str = "usage: epagent-runner run|check|config|hold --config FILE
        epagent-runner teardown --config FILE [--grace-ms N]";
 
 fn main() -> ExitCode {
@@ -64,6 +64,7 @@ fn main() -> ExitCode {
     let done = match words.as_slice() {
         ["run", "--config", file] => run(Path::new(file)),
         ["check", "--config", file] => check(Path::new(file)),
+        ["config", "--config", file] => show(Path::new(file)),
         ["hold", "--config", file] => read(Path::new(file)).and_then(|config| hold::hold(&config)),
         ["teardown", "--config", file] => teardown(Path::new(file), teardown::GRACE_MS),
         ["teardown", "--config", file, "--grace-ms", grace] => match grace.parse() {
@@ -109,6 +110,14 @@ fn check(file: &Path) -> Result<(), String> {
     probe::report(&config)
 }
 
+/// What is in force, as JSON: `epagent debug config` shows it.
+fn show(file: &Path) -> Result<(), String> {
+    let loaded = Config::read(file).map_err(|error| work::chain(&error))?;
+    let settings = loaded.settings().map_err(|error| format!("show the configuration: {error}"))?;
+    println!("{}", serde_json::to_string(&settings).map_err(|error| error.to_string())?);
+    Ok(())
+}
+
 fn teardown(file: &Path, grace_ms: u64) -> Result<(), String> {
     let config = read(file)?;
     probe::refuse_without_root()?;
@@ -116,7 +125,7 @@ fn teardown(file: &Path, grace_ms: u64) -> Result<(), String> {
 }
 
 fn read(file: &Path) -> Result<Config, String> {
-    Config::read(file).map_err(|error| work::chain(&error))
+    Config::read(file).map(|loaded| loaded.config).map_err(|error| work::chain(&error))
 }
 
 /// Milliseconds since the epoch.

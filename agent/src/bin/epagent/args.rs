@@ -1,7 +1,9 @@
 //! The command line.
 
+mod debug;
 mod front;
 
+pub use debug::{DebugVerb, OfNode};
 pub use front::{BalancerVerb, ConnectionsArgs, RouteVerb, TopArgs};
 
 use std::path::PathBuf;
@@ -82,6 +84,9 @@ pub enum Verb {
     Destroy(DestroyArgs),
     /// Look for what keeps things from working
     Doctor(Json),
+    /// Show what the node is made of, for those who look for a fault
+    #[command(subcommand)]
+    Debug(DebugVerb),
     /// Show the versions of the command and of the agent
     Version(Json),
     /// Explain an error code, or list all of them
@@ -441,6 +446,7 @@ mod tests {
             "balancer status --json",
             "balancer connections",
             "balancer connections shop --route shop.example -n 20 --json",
+            "debug config --etc /x --json",
             "balancer reload",
             "top --once",
             "top shop",

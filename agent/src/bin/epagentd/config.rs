@@ -1,11 +1,12 @@
-//! `epagentd.toml`.
+//! `epagentd.toml`, and what files in `conf.d` change of it.
 
 use std::path::{Path, PathBuf};
 
+use epagent_conf::{ConfError, Daemon, Loaded};
 use epagent_core::name::ImageName;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub node: u16,
@@ -24,7 +25,7 @@ pub struct Config {
 }
 
 /// Bounds on what the agent keeps.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Bounds {
     /// Bytes of one uploaded archive.
@@ -41,26 +42,8 @@ impl Default for Bounds {
     }
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    #[error("reading the configuration {path}")]
-    Read {
-        path: PathBuf,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("the configuration {path} is not valid")]
-    Parse {
-        path: PathBuf,
-        #[source]
-        source: toml::de::Error,
-    },
-}
-
 impl Config {
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let read = std::fs::read_to_string(path);
-        let text = read.map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })
+    pub fn read(path: &Path) -> Result<Loaded<Self>, ConfError> {
+        epagent_conf::load(Daemon::Agent, path)
     }
 }

@@ -35,6 +35,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use epagent::activation::{ActivationError, Inherited};
+use epagent_conf::ConfError;
 use epagent_store::{Store, StoreError};
 use epagent_wire::runner::Event;
 use tokio::signal::unix::{SignalKind, signal};
@@ -42,7 +43,7 @@ use tokio::sync::{Mutex, broadcast, mpsc};
 
 use crate::apps::{Apps, Held, Parts};
 use crate::balancer::Balancer;
-use crate::config::{Config, ConfigError};
+use crate::config::Config;
 use crate::health::Checks;
 use crate::routing::Routing;
 use crate::supervise::{Board, chain, keep_running};
@@ -57,12 +58,17 @@ const CHANGES_QUEUED_MAX: usize = 1024;
 struct Arguments {
     #[arg(long, value_name = "FILE", default_value = "/etc/epagent/epagentd.toml")]
     config: PathBuf,
+    /// Print the configuration in force as JSON, and end
+    #[arg(long)]
+    show_config: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(#[from] ConfError),
+    #[error("showing the configuration")]
+    Show(#[source] std::io::Error),
     #[error(transparent)]
     Sockets(#[from] ActivationError),
     #[error("opening the agent's state")]
@@ -86,7 +92,8 @@ fn main() -> ExitCode {
         .with_ansi(false)
         .init();
     supervise::keep_backtraces();
-    match start(arguments) {
+    let done = if arguments.show_config { show_config(&arguments) } else { start(arguments) };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{}", chain(&error));
@@ -95,8 +102,14 @@ fn main() -> ExitCode {
     }
 }
 
+fn show_config(arguments: &Arguments) -> Result<(), StartError> {
+    let loaded = Config::read(&arguments.config)?;
+    let settings = loaded.settings().map_err(|error| StartError::Show(std::io::Error::other(error)))?;
+    serde_json::to_writer(std::io::stdout(), &settings).map_err(|error| StartError::Show(error.into()))
+}
+
 fn start(arguments: Arguments) -> Result<(), StartError> {
-    let config = Config::read(&arguments.config)?;
+    let config = Config::read(&arguments.config)?.config;
     let mut inherited = Inherited::from_env()?;
     let admin = inherited.take_unix("admin")?;
     let read = inherited.take_unix("read")?;

@@ -195,7 +195,7 @@ fn pool(args: &InitArgs) -> Result<Pool, InitError> {
 
 fn with_header(text: &str) -> String {
     format!(
-        "# Written by `epagent init`; yours to change. `systemctl restart epagent-runner epagentd` puts it in force.\n{text}"
+        "# Written by `epagent init`; yours to change, here or by files in conf.d. `systemctl restart epagent-runner epagentd` puts it in force.\n{text}"
     )
 }
 

@@ -62,6 +62,12 @@ pub const CODES: &[Code] = &[
         "Deploy an archive without the entry that is named.",
     ),
     code(
+        "bad_config",
+        "The configuration of a daemon can't be read.",
+        "A key is unknown, a value has the wrong kind, or others than root can write to a file.",
+        "Put right the line that is named. Daemons that run keep what they read at their start.",
+    ),
+    code(
         "bad_manifest",
         "The epagent.toml or Procfile is not valid.",
         "An unknown key, a value of the wrong kind, or something it refers to that is not in it.",

@@ -3,6 +3,7 @@
 mod apps;
 mod balancer;
 mod codes;
+mod debug;
 mod deploy;
 mod doctor;
 mod exec;
@@ -53,6 +54,7 @@ pub async fn run(arguments: Arguments) -> Outcome {
         Verb::Errors(json) => system::errors(&client, &json).await,
         Verb::Destroy(args) => stop::destroy(&client, &args).await,
         Verb::Doctor(json) => doctor::doctor(&client, &json).await,
+        Verb::Debug(verb) => debug::debug(&client, verb).await,
         Verb::Version(json) => system::version(&client, &json).await,
         Verb::Explain(args) => explain::explain(&args),
         Verb::Help(args) => system::help(&args),
