@@ -4,6 +4,7 @@
 //! against each other through their JSON; the balancer parses strictly, so a field too many is an error here.
 
 use epagent_balancer::control::protocol;
+use epagent_balancer::control::said::{LINES, SaidQuery};
 use epagent_balancer::table as theirs;
 use epagent_wire::table as ours;
 
@@ -131,6 +132,22 @@ fn both_sides_mean_the_same_by_a_wait() {
         protocol::Request::Wait(query) => assert_eq!((query.since, query.timeout_ms), (3, 20_000)),
         other => panic!("{other:?}"),
     }
+    let sent = serde_json::to_string(&ours::Request::Said { run: 7, after: 9 }).unwrap();
+    match serde_json::from_str(&sent).unwrap() {
+        protocol::Request::Said(query) => assert_eq!((query.run, query.after), (7, 9)),
+        other => panic!("{sent} was understood as {other:?}"),
+    }
+    LINES.push("a line");
+    let said = LINES.after(SaidQuery { run: 0, after: 0 });
+    let text = serde_json::to_string(&protocol::Response::Said(said.clone())).unwrap();
+    match serde_json::from_str(&text).unwrap() {
+        ours::Response::Said(read) => {
+            assert_eq!((read.run, read.last, read.lost), (said.run, said.last, said.lost));
+            assert_eq!(read.records.last().unwrap().message, "a line");
+        }
+        other => panic!("{text} was understood as {other:?}"),
+    }
+
     let waited = protocol::Waited { sequence: 4, routes: vec!["shop/web/0".to_owned()] };
     let text = serde_json::to_string(&protocol::Response::Waited(waited)).unwrap();
     match serde_json::from_str(&text).unwrap() {

@@ -12,15 +12,23 @@ use serde_json::Value;
 
 /// Every crate and the crates of ours it may use. The tests may use all of them.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
-    ("epagent", &["epagent-conf", "epagent-core", "epagent-store", "epagent-wire"]),
+    ("epagent", &["epagent-conf", "epagent-core", "epagent-log", "epagent-store", "epagent-wire"]),
     ("epagent-conf", &[]),
+    ("epagent-log", &["epagent-wire"]),
     ("epagent-core", &[]),
     ("epagent-wire", &["epagent-core"]),
     ("epagent-store", &["epagent-core"]),
     ("epagent-lease", &["epagent-core", "epagent-wire"]),
     (
         "epagent-runner",
-        &["epagent-conf", "epagent-core", "epagent-wire", "epagent-isolation", "epagent-storage"],
+        &[
+            "epagent-conf",
+            "epagent-core",
+            "epagent-log",
+            "epagent-wire",
+            "epagent-isolation",
+            "epagent-storage",
+        ],
     ),
     ("epagent-isolation", &[]),
     ("epagent-storage", &[]),

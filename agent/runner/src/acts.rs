@@ -46,6 +46,7 @@ impl Server {
             Plan::ExecResize { jail, exec, size } => self.exec_resize(&jail, exec, size),
             Plan::ExecKill { jail, exec } => self.exec_kill(jail, exec),
             Plan::Inspect { jail, pid } => self.inspect(&jail, pid),
+            Plan::Said { run, after } => Ok(Reply::Said(self.recent.after(run, after))),
             Plan::LogOpen(jail) => return self.log_open(to, &jail),
             Plan::SocketOpen(jail) => return self.socket_open(to, &jail),
         };
@@ -106,7 +107,7 @@ impl Server {
             }
             (Then::Launch { to, order, .. }, Err(refusal)) => self.undo(to, &order, &work, refusal, keys),
             (Then::Nothing, Ok(_)) => {}
-            (Then::Nothing, Err(refusal)) => eprintln!("epagent-runner: {}", refusal.message),
+            (Then::Nothing, Err(refusal)) => tracing::warn!("{}", refusal.message),
         }
     }
 

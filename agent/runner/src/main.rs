@@ -54,6 +54,9 @@ mod work;
 mod worker;
 
 use config::Config;
+use epagent_log::Recent;
+
+const NAME: &str = "epagent-runner";
 
 const USAGE: &str = "usage: epagent-runner run|check|config|hold --config FILE
        epagent-runner teardown --config FILE [--grace-ms N]";
@@ -61,8 +64,12 @@ const USAGE: &str = "usage: epagent-runner run|check|config|hold --config FILE
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    // What the service manager starts logs; the rest talks to whoever started it.
+    let recent =
+        matches!(words.first(), Some(&("run" | "hold" | "teardown"))).then(|| epagent_log::start(NAME));
+    let is_logging = recent.is_some();
     let done = match words.as_slice() {
-        ["run", "--config", file] => run(Path::new(file)),
+        ["run", "--config", file] => run(Path::new(file), recent.unwrap_or_else(Recent::new)),
         ["check", "--config", file] => check(Path::new(file)),
         ["config", "--config", file] => show(Path::new(file)),
         ["hold", "--config", file] => read(Path::new(file)).and_then(|config| hold::hold(&config)),
@@ -82,20 +89,26 @@ fn main() -> ExitCode {
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
+        Err(why) if is_logging => {
+            tracing::error!("{why}");
+            ExitCode::FAILURE
+        }
         Err(why) => {
-            eprintln!("epagent-runner: {why}");
+            eprintln!("{NAME}: {why}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(file: &Path) -> Result<(), String> {
+fn run(file: &Path, recent: Recent) -> Result<(), String> {
     // First of all, since the descriptors are known by their numbers.
     let listener = activation::listener("runner")?;
     let config = read(file)?;
     probe::refuse_without_root()?;
     let parts = recover::recover(config, listener).map_err(|error| work::chain(&error))?;
-    let mut server = server::Server::new(parts).map_err(|error| format!("set up the loop: {error}"))?;
+    tracing::info!("serving node {}, which has {} jails", parts.config.node, parts.tables.jails.len());
+    let mut server =
+        server::Server::new(parts, recent).map_err(|error| format!("set up the loop: {error}"))?;
     server.reattach();
     // Nobody may listen: then nobody waits for it either.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

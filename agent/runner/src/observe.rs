@@ -94,7 +94,7 @@ impl Server {
                 self.figures.seen = Some(Instant::now());
             }
             Ok(_) => {}
-            Err(refusal) => eprintln!("epagent-runner: {}", refusal.message),
+            Err(refusal) => tracing::warn!("{}", refusal.message),
         }
         self.figures.looking_since = None;
         self.answer_observers();

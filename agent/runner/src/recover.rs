@@ -69,7 +69,7 @@ pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
     claim(&records, &mut live);
     let swept = pool.sweep(&live)?;
     for line in swept.finished.iter().chain(&swept.undone).chain(&swept.orphans).chain(&swept.failed) {
-        eprintln!("epagent-runner: pool: {line}");
+        tracing::info!("pool: {line}");
     }
     let found = sweep::survey(&cgroups)?;
     let reader_gid = config.brain_uid;
@@ -94,7 +94,7 @@ pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
 
 fn net_links(node: u16, keep: &[u32]) -> Result<(), WorkError> {
     for link in sweep::remove_links(node, keep)? {
-        eprintln!("epagent-runner: removed interface {link}, which no jail has");
+        tracing::info!(%link, "removed an interface that no jail has");
     }
     Ok(())
 }
@@ -179,9 +179,7 @@ fn releases(records: Vec<ReleaseRecord>, tables: &mut Tables, site: &Site<'_>) -
         tables.insert_release(record);
     }
     for (app, release) in trees.keys() {
-        eprintln!(
-            "epagent-runner: the pool has release {release} of {app}, of which there is no record; it is left alone"
-        );
+        tracing::warn!(%app, %release, "the pool has a release of which there is no record; it is left alone");
     }
     Ok(())
 }

@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use epagent_isolation::cgroup::CgroupRoot;
+use epagent_log::Recent;
 use epagent_storage::Pool;
 use epagent_wire::name::JailId;
 use epagent_wire::runner::{Refusal, RefusalCode, Request};
@@ -95,6 +96,7 @@ impl Task {
             ask.request,
             Request::Hello { .. }
                 | Request::Observe
+                | Request::Said { .. }
                 | Request::Stop { .. }
                 | Request::Exec { .. }
                 | Request::ExecResize { .. }
@@ -154,6 +156,8 @@ pub struct Server {
     pub processes: BTreeMap<u64, OwnedFd>,
     pub running: BTreeMap<u64, Running>,
     pub figures: Figures,
+    /// What was logged last.
+    pub recent: Recent,
     /// Jails whose monitor is gone and of which the rest is being killed.
     pub reaping: BTreeSet<JailId>,
     /// Commands that were hung up and are killed when they are still there at this time.
@@ -188,13 +192,14 @@ pub struct Parts {
 }
 
 impl Server {
-    pub fn new(parts: Parts) -> nix::Result<Server> {
+    pub fn new(parts: Parts, recent: Recent) -> nix::Result<Server> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let Parts { config, tables, disk, pool, cgroups, binaries, sockets, app_sockets, boot, listener } =
             parts;
         epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, Token::Listener.number()))?;
         Ok(Server {
             figures: Figures::new(&pool, &cgroups, &app_sockets),
+            recent,
             config,
             tables,
             disk,

@@ -31,7 +31,7 @@ pub fn teardown(config: &Config, grace_ms: u64) -> Result<(), String> {
     let mut faults = Vec::new();
     let mut step = |what: &str, result: Result<(), String>| {
         if let Err(why) = result {
-            eprintln!("epagent-runner: teardown: {what}: {why}");
+            tracing::error!(step = what, "teardown: {why}");
             faults.push(what.to_owned());
         }
     };

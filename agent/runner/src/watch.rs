@@ -176,7 +176,10 @@ impl Server {
             Ok(()) => {}
             Err(error) if nobody_listens(&error) => self.lost(jail),
             // It has its socket and does not answer: stopped, or the machine is busy. Asked again at the next tick.
-            Err(error) => eprintln!("epagent-runner: monitor of jail {jail}: {}", chain(&error)),
+            Err(error) => {
+                let app = jail.app().map(tracing::field::display);
+                tracing::warn!(app, instance = %jail, "its monitor does not answer: {}", chain(&error));
+            }
         }
     }
 

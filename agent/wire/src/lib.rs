@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`api`] | the `epagent` command (or `curl`) to `epagentd`: HTTP and JSON on a unix socket |
 //! | [`runner`] | `epagentd` to `epagent-runner`: a closed list of requests, one packet each |
+//! | [`said`] | what a daemon logged, for `epagentd` to send on |
 //! | [`table`] | `epagentd` to `epagent-balancer`: the whole routing table, and what is in flight |
 //!
 //! Types only. What a message may name is decided by its type: names are parsed when they are deserialized
@@ -18,4 +19,5 @@ pub use epagent_core::{name, spec};
 
 pub mod api;
 pub mod runner;
+pub mod said;
 pub mod table;

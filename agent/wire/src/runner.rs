@@ -16,6 +16,8 @@ use epagent_core::name::{AppName, ImageName, JailId, ReleaseNumber, VolumeName};
 use epagent_core::spec::Limits;
 use serde::{Deserialize, Serialize};
 
+use crate::said::Said;
+
 /// The version of this protocol; the runner refuses a `Hello` with another.
 pub const PROTOCOL: u32 = 1;
 /// The largest packet either side sends. A packet that is larger is cut by the kernel and refused.
@@ -38,6 +40,11 @@ pub enum Request {
     },
     /// Everything that exists: jails, releases, volumes, images, pool. Replies [`Reply::World`].
     Observe,
+    /// What the runner logged after record `after` of its run `run`. Replies [`Reply::Said`].
+    Said {
+        run: u64,
+        after: u64,
+    },
 
     /// Gives the app an id range and an address block, durably.
     AppEnsure {
@@ -227,6 +234,7 @@ pub enum Reply {
     World(Box<World>),
     /// The same, when it is larger than a packet: one descriptor comes with it, a memfd with the [`World`] as JSON.
     WorldFile,
+    Said(Said),
     /// The jail that does it. For a job: its end comes as [`Event::Exited`] and in [`World::jails`].
     Started {
         jail: JailId,

@@ -11,6 +11,8 @@ pub use status::*;
 
 use serde::{Deserialize, Serialize};
 
+use crate::said::Said;
+
 /// Begins the address of an upstream that listens on a unix socket; what follows is its path below the folder that the
 /// balancer was given for tenants.
 pub const SOCKET_PREFIX: &str = "unix:";
@@ -28,6 +30,11 @@ pub enum Request {
     },
     /// Show open client connections, a page at a time.
     Connections(ConnectionsQuery),
+    /// What it logged after line `after` of its run `run`.
+    Said {
+        run: u64,
+        after: u64,
+    },
     /// Hand over to a new process of the program on disk.
     Reload {},
     /// Answered when a route with nobody to answer begins to hold something, or when the time is up.
@@ -44,6 +51,7 @@ pub enum Response {
     Ack(Ack),
     Status(Box<Status>),
     Connections(Connections),
+    Said(Said),
     Waited(Waited),
     Reloaded(Reloaded),
     Error(Refused),

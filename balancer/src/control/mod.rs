@@ -12,5 +12,6 @@ pub mod connections;
 pub mod counters;
 pub mod memory;
 pub mod protocol;
+pub mod said;
 pub mod server;
 pub mod traffic;

@@ -25,6 +25,7 @@ use super::certificates::{Certificates, ReloadCertificatesQuery};
 use super::connections::{Connections, ConnectionsQuery};
 pub use super::counters::Counters;
 pub use super::memory::MemoryStatus;
+use super::said::{Said, SaidQuery};
 use super::traffic::{Ends, Latency, Responses, add_some};
 use crate::core::histogram::Histogram;
 use crate::doors::Io;
@@ -54,6 +55,8 @@ pub enum Request {
     Connections(ConnectionsQuery),
     /// Show the last changes, and who made them.
     Audit(AuditQuery),
+    /// Show what was logged last, numbered.
+    Said(SaidQuery),
     /// Answer when a route that has no upstream begins to hold something, or when the time is up.
     Wait(WaitQuery),
     /// Hand over to a new process of the program on disk. Answered when that one is in charge, or when it never
@@ -118,6 +121,7 @@ pub enum Response {
     Metrics(Metrics),
     Connections(Connections),
     Audit(Audit),
+    Said(Said),
     /// The wait is over.
     Waited(Waited),
     /// A new process is in charge; the old one finishes what it carries.

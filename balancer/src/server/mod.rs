@@ -41,6 +41,7 @@ pub use self::waits::poll_timeout;
 use crate::access_log::{Format, LogOptions, RunningLog};
 use crate::config_file::ConfigFile;
 use crate::control::protocol::{Request, Response};
+use crate::control::said::LINES;
 use crate::control::server::{ControlServer, Reply};
 use crate::core::config::Config;
 use crate::core::io::ListenerId;
@@ -360,6 +361,7 @@ impl Server {
             Request::Metrics(_) => Reply::Now(self.metrics_response()),
             Request::Connections(query) => Reply::Now(self.connections(&query)),
             Request::Audit(_) => Reply::Now(Response::Audit(self.trail.show())),
+            Request::Said(query) => Reply::Now(Response::Said(LINES.after(query))),
             Request::Status(query) => Reply::Now(self.status(&query)),
             Request::Wait(query) => self.wait_for(query),
             Request::ReloadCertificates(_) => {

@@ -3,6 +3,8 @@
 use std::io::{self, Write};
 use std::sync::mpsc::{self, SyncSender};
 
+use crate::control::said::LINES;
+
 /// Most lines of the data path that wait to be written.
 const REMARKS_MAX: usize = 64;
 
@@ -20,6 +22,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 
 /// A line on standard error, at changes of state only.
 pub fn log(line: &str) {
+    LINES.push(line);
     // Where nobody reads it there is nobody to tell.
     let _ = writeln!(std::io::stderr(), "epagent-balancer: {line}");
 }

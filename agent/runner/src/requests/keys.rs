@@ -72,7 +72,7 @@ pub fn keys(request: &Request, tables: &Tables) -> Keys {
         vec![(Key::App(app.clone()), Shared), (Key::Release(app.clone(), *release), hold)]
     };
     match request {
-        Request::Hello { .. } | Request::Observe => Vec::new(),
+        Request::Hello { .. } | Request::Observe | Request::Said { .. } => Vec::new(),
         Request::AppEnsure { app } | Request::AppRemove { app } => vec![(Key::App(app.clone()), Exclusive)],
         Request::ImageImport { image, .. }
         | Request::ImageBootstrap { image, .. }

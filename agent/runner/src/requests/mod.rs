@@ -67,6 +67,10 @@ pub enum Plan {
         jail: JailId,
         pid: i32,
     },
+    Said {
+        run: u64,
+        after: u64,
+    },
     LogOpen(JailId),
     SocketOpen(JailId),
 }
@@ -141,6 +145,7 @@ pub fn check(request: &Request, descriptors: &[Kind], view: View<'_>) -> Checked
             view.exec(jail, *exec)?;
             Ok(Plan::ExecKill { jail: jail.clone(), exec: *exec })
         }
+        Request::Said { run, after } => Ok(Plan::Said { run: *run, after: *after }),
         Request::Inspect { jail } => {
             let pid = view.running(jail)?;
             Ok(Plan::Inspect { jail: jail.clone(), pid })

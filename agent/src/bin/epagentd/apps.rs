@@ -260,7 +260,7 @@ impl AppLoop {
         if self.trouble.as_ref() == Some(&message) {
             return;
         }
-        tracing::warn!(app = %self.app, message, "an app could not be made what it should be");
+        tracing::warn!(app = %self.app, reason = message, "an app could not be made what it should be");
         let subject = format!("app {}", self.app);
         let recorded =
             self.parts.store.error_record("app_trouble", &subject, &message, None, clock::now_ms()).await;

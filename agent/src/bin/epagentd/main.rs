@@ -83,14 +83,7 @@ enum StartError {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("EPAGENT_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
+    epagent_log::start("epagentd");
     supervise::keep_backtraces();
     let done = if arguments.show_config { show_config(&arguments) } else { start(arguments) };
     match done {

@@ -327,7 +327,7 @@ impl Routing {
             match self.set(store, &trial, 0).await? {
                 Ok(()) => good = trial,
                 Err(BalancerError::Refused { code, message }) if code == BAD_TABLE => {
-                    tracing::warn!(%source, message, "the balancer does not take this; its old part stays");
+                    tracing::warn!(%source, reason = message, "the balancer does not take this; its old part stays");
                     store
                         .error_record("route_refused", &source.to_string(), &message, None, clock::now_ms())
                         .await?;

@@ -79,7 +79,7 @@ where
             Err(error) if error.is_cancelled() => return,
             Err(_) => ("panicked".to_owned(), last_panic()),
         };
-        tracing::error!(name, message, "a loop failed and is started again");
+        tracing::error!(task = name, reason = message, "a loop failed and is started again");
         board.set(name, message.clone());
         let recorded =
             store.error_record("loop_failed", name, &message, backtrace.as_deref(), clock::now_ms());
@@ -89,7 +89,7 @@ where
         failures.push_back(Instant::now());
         failures.retain(|at| at.elapsed() < FAILURES_WINDOW);
         if failures.len() >= FAILURES_MAX {
-            tracing::error!(name, "failed {FAILURES_MAX} times in {FAILURES_WINDOW:?}: giving up");
+            tracing::error!(task = name, "failed {FAILURES_MAX} times in {FAILURES_WINDOW:?}: giving up");
             std::process::exit(1);
         }
         backoff =

@@ -120,7 +120,7 @@ impl Program<'_> {
     /// The whole environment: nothing of the caller's but how much to log.
     pub fn environment(&self, pid: u32, caller: impl Fn(&str) -> Option<String>) -> Vec<CString> {
         let mut variables = vec![format!("PATH={}", super::checks::PATH), "LANG=C.UTF-8".to_owned()];
-        for name in ["RUST_LOG", "RUST_BACKTRACE"] {
+        for name in ["EPAGENT_LOG", "RUST_BACKTRACE"] {
             variables.extend(caller(name).map(|value| format!("{name}={value}")));
         }
         variables.extend(self.notify.iter().map(|path| format!("NOTIFY_SOCKET={}", path.display())));
@@ -156,14 +156,14 @@ mod tests {
             sockets: vec![("http", stdin.as_fd()), ("control", stdin.as_fd())],
             notify: Some("/mnt/x".into()),
         };
-        let caller = |name: &str| (name == "RUST_LOG").then(|| "debug".to_owned());
+        let caller = |name: &str| (name == "EPAGENT_LOG").then(|| "debug".to_owned());
         let environment: Vec<String> =
             program.environment(7, caller).into_iter().map(|text| text.into_string().unwrap()).collect();
         for expected in [
             "LISTEN_PID=7",
             "LISTEN_FDS=2",
             "LISTEN_FDNAMES=http:control",
-            "RUST_LOG=debug",
+            "EPAGENT_LOG=debug",
             "NOTIFY_SOCKET=/mnt/x",
         ] {
             assert!(environment.iter().any(|variable| variable == expected), "{expected}");

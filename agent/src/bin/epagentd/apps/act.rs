@@ -58,6 +58,7 @@ impl AppLoop {
             self.crashes.clear();
         }
         store.deploy_advance(deploy, from, to, note(to), clock::now_ms()).await?;
+        tracing::info!(app = %self.app, %deploy, phase = ?to, "a deploy goes on: {}", note(to));
         if to == Phase::Done {
             self.tidied_at = None;
         }
@@ -224,7 +225,9 @@ impl AppLoop {
             }
         }
         let verdict = cause.verdict(phase, findings);
-        tracing::info!(app = %self.app, %deploy, code = verdict.code, message = verdict.message, "a deploy failed");
+        let instance = jail.map(tracing::field::display);
+        let (code, reason) = (&verdict.code, &verdict.message);
+        tracing::warn!(app = %self.app, %deploy, instance, code, reason, "a deploy failed");
         self.parts.store.deploy_fail(deploy, phase, &verdict, clock::now_ms()).await?;
         Ok(())
     }
