@@ -12,9 +12,13 @@ use serde_json::Value;
 
 /// Every crate and the crates of ours it may use. The tests may use all of them.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
-    ("epagent", &["epagent-conf", "epagent-core", "epagent-log", "epagent-store", "epagent-wire"]),
+    (
+        "epagent",
+        &["epagent-conf", "epagent-core", "epagent-log", "epagent-store", "epagent-syslog", "epagent-wire"],
+    ),
     ("epagent-conf", &[]),
     ("epagent-log", &["epagent-wire"]),
+    ("epagent-syslog", &[]),
     ("epagent-core", &[]),
     ("epagent-wire", &["epagent-core"]),
     ("epagent-store", &["epagent-core"]),

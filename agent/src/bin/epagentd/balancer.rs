@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use epagent_wire::said::Said;
 use epagent_wire::table::{
     Ack, Connections, ConnectionsQuery, LINE_BYTES_MAX, Reloaded, Request, Response, Status, Table, Waited,
 };
@@ -69,6 +70,14 @@ impl Balancer {
     pub async fn connections(&self, query: ConnectionsQuery) -> Result<Connections, BalancerError> {
         match self.exchange(&Request::Connections(query), TIMEOUT).await? {
             Response::Connections(page) => Ok(page),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// What it logged after line `after` of its run `run`.
+    pub async fn said(&self, run: u64, after: u64) -> Result<Said, BalancerError> {
+        match self.exchange(&Request::Said { run, after }, TIMEOUT).await? {
+            Response::Said(said) => Ok(said),
             other => Err(unexpected(other)),
         }
     }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use epagent_conf::{ConfError, Daemon, Loaded};
 use epagent_core::name::ImageName;
+use epagent_syslog::Server;
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -22,6 +23,26 @@ pub struct Config {
     pub http_address: String,
     #[serde(default)]
     pub limits: Bounds,
+    #[serde(default)]
+    pub log: LogConfig,
+}
+
+/// Where logs go beside the journal and the apps' own log files.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// A server that gets all of it: `tls://logs.example:6514`, `tcp://10.0.0.5:601`.
+    pub syslog: Option<Server>,
+    /// The authorities that may vouch for it, as PEM; without it the host's own.
+    pub ca: Option<PathBuf>,
+    /// Whether it gets what apps print, too.
+    pub apps: bool,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { syslog: None, ca: None, apps: true }
+    }
 }
 
 /// Bounds on what the agent keeps.

@@ -17,8 +17,11 @@ use crate::runner::{CallError, Runner};
 
 /// How far back a tail looks, in bytes of one file.
 const TAIL_BYTES_MAX: u64 = 1 << 20;
-/// The log writer's record of a jail's end.
-const RECORD: &str = "exit.json";
+/// The file that is written, and what it was before it was full.
+pub const CURRENT: &str = "current.log";
+pub const PREVIOUS: &str = "previous.log";
+/// The log writer's record of a jail's end, written last.
+pub const RECORD: &str = "exit.json";
 /// How long the log writer of a jail that ended is waited for.
 const WRITER_PATIENCE: Duration = Duration::from_secs(2);
 const WRITER_POLL: Duration = Duration::from_millis(10);
@@ -97,10 +100,10 @@ struct Reader {
 
 fn tail(folder: OwnedFd, lines: usize) -> std::io::Result<(Vec<Line>, Reader)> {
     let mut bytes = Vec::new();
-    if let Some(previous) = open_in(&folder, "previous.log")? {
+    if let Some(previous) = open_in(&folder, PREVIOUS)? {
         read_end(previous, &mut bytes)?;
     }
-    let current = open_in(&folder, "current.log")?;
+    let current = open_in(&folder, CURRENT)?;
     if let Some(current) = &current {
         read_end(current.try_clone()?, &mut bytes)?;
     }
@@ -116,7 +119,7 @@ impl Reader {
         let mut chunk = vec![0; CHUNK_BYTES];
         loop {
             if self.current.is_none() {
-                self.current = open_in(&self.folder, "current.log")?;
+                self.current = open_in(&self.folder, CURRENT)?;
             }
             let Some(file) = &mut self.current else { return Ok(lines) };
             let length = file.read(&mut chunk)?;
@@ -127,7 +130,7 @@ impl Reader {
             }
             // At its end: has another file taken its name?
             let inode = file.metadata()?.ino();
-            match open_in(&self.folder, "current.log")? {
+            match open_in(&self.folder, CURRENT)? {
                 Some(newer) if newer.metadata()?.ino() != inode => self.current = Some(newer),
                 _ => return Ok(lines),
             }
@@ -142,7 +145,8 @@ impl Reader {
     }
 }
 
-fn open_in(folder: &OwnedFd, name: &str) -> std::io::Result<Option<File>> {
+/// None when there is no such file.
+pub fn open_in(folder: &OwnedFd, name: &str) -> std::io::Result<Option<File>> {
     match openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty()) {
         Ok(file) => Ok(Some(file.into())),
         Err(rustix::io::Errno::NOENT) => Ok(None),
@@ -166,7 +170,7 @@ fn read_end(mut file: File, bytes: &mut Vec<u8>) -> std::io::Result<()> {
 }
 
 /// None for an empty line or one that no log writer wrote.
-fn parse(line: &[u8]) -> Option<Line> {
+pub fn parse(line: &[u8]) -> Option<Line> {
     let text = String::from_utf8_lossy(line);
     let (at, rest) = text.split_once(' ')?;
     let (stream, text) = rest.split_once(' ').unwrap_or((rest, ""));

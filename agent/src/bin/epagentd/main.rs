@@ -17,6 +17,7 @@ mod apps;
 mod balancer;
 mod clock;
 mod config;
+mod forward;
 mod health;
 mod images;
 mod logs;
@@ -36,6 +37,7 @@ use std::sync::Arc;
 use clap::Parser;
 use epagent::activation::{ActivationError, Inherited};
 use epagent_conf::ConfError;
+use epagent_log::Recent;
 use epagent_store::{Store, StoreError};
 use epagent_wire::runner::Event;
 use tokio::signal::unix::{SignalKind, signal};
@@ -44,6 +46,7 @@ use tokio::sync::{Mutex, broadcast, mpsc};
 use crate::apps::{Apps, Held, Parts};
 use crate::balancer::Balancer;
 use crate::config::Config;
+use crate::forward::Forwarder;
 use crate::health::Checks;
 use crate::routing::Routing;
 use crate::supervise::{Board, chain, keep_running};
@@ -83,9 +86,9 @@ enum StartError {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    epagent_log::start("epagentd");
+    let recent = epagent_log::start("epagentd");
     supervise::keep_backtraces();
-    let done = if arguments.show_config { show_config(&arguments) } else { start(arguments) };
+    let done = if arguments.show_config { show_config(&arguments) } else { start(arguments, recent) };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -101,7 +104,7 @@ fn show_config(arguments: &Arguments) -> Result<(), StartError> {
     serde_json::to_writer(std::io::stdout(), &settings).map_err(|error| StartError::Show(error.into()))
 }
 
-fn start(arguments: Arguments) -> Result<(), StartError> {
+fn start(arguments: Arguments, recent: Recent) -> Result<(), StartError> {
     let config = Config::read(&arguments.config)?.config;
     let mut inherited = Inherited::from_env()?;
     let admin = inherited.take_unix("admin")?;
@@ -113,7 +116,7 @@ fn start(arguments: Arguments) -> Result<(), StartError> {
         .build()
         .map_err(failed("starting the runtime"))?;
     runtime.block_on(async {
-        let apps = assemble(config).await?;
+        let apps = assemble(config, recent).await?;
         let admin = api::listener(admin).map_err(failed("listening on the admin socket"))?;
         let read = api::listener(read).map_err(failed("listening on the read socket"))?;
         let (parts, board) = (apps.parts().clone(), apps.parts().board.clone());
@@ -141,7 +144,7 @@ fn start(arguments: Arguments) -> Result<(), StartError> {
 }
 
 /// Opens the state, links to runner and balancer, and starts every loop.
-async fn assemble(config: Config) -> Result<Apps, StartError> {
+async fn assemble(config: Config, recent: Recent) -> Result<Apps, StartError> {
     let config = Arc::new(config);
     let store = Store::open(&config.state_dir.join("state.db"), &config.state_dir.join("key")).await?;
     let unfinished: Vec<_> = store.deploys_unfinished().await?.into_iter().map(|deploy| deploy.id).collect();
@@ -191,6 +194,13 @@ async fn assemble(config: Config) -> Result<Apps, StartError> {
         let (waking, apps) = (waking.clone(), woken.clone());
         async move { waking.keep_asking(apps).await }
     });
+    if let Some(forwarder) = Forwarder::new(&parts, recent, &parts.config.log) {
+        let forwarder = Arc::new(Mutex::new(forwarder));
+        spawn(forward::NAME, &parts, move || {
+            let forwarder = forwarder.clone();
+            async move { forwarder.lock().await.run().await }
+        });
+    }
     let image_parts = parts.clone();
     spawn("images", &parts, move || images::keep_clean(image_parts.clone()));
     let woken = apps.clone();
