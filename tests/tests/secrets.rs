@@ -1,12 +1,16 @@
 //! A secret is in the environment of the app and nowhere else.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
-use epagent_tests::command::run_with_input;
+use epagent_tests::command::{run, run_with_input};
 use epagent_tests::host::{DevHost, Options};
 use epagent_tests::{AppDir, process};
+use nix::sys::signal::Signal;
 
 /// A text that exists nowhere by itself, in the forms in which it could be written down.
 struct Canary {
@@ -183,4 +187,102 @@ fn the_search_finds_what_is_there() {
     fs::write(folder.path().join("sub/file"), &bytes).unwrap();
     assert_eq!(canary.files(folder.path()).len(), 1);
     assert!(canary.is_in(format!("..{}..", base64(canary.plain.as_bytes())).as_bytes()));
+}
+
+/// A folder into which the bundle at `path` was unpacked.
+fn unpacked(path: &Path) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    run(Command::new("tar").args(["--zstd", "-xf"]).arg(path).arg("-C").arg(folder.path())).ok();
+    folder
+}
+
+/// The texts of the files of a bundle, by their names.
+fn texts(folder: &Path) -> BTreeMap<String, String> {
+    let top = fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
+    let mut found = BTreeMap::new();
+    let mut open = vec![top.clone()];
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            open.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            continue;
+        }
+        let name = path.strip_prefix(&top).unwrap().to_string_lossy().into_owned();
+        found.insert(name, String::from_utf8_lossy(&fs::read(&path).unwrap()).into_owned());
+    }
+    found
+}
+
+#[test]
+fn a_support_bundle_tells_of_the_node_and_nothing_of_what_its_apps_hold() {
+    let mut host = DevHost::with(Options { size: "1G".to_owned(), ..Options::default() });
+    let words = ["secret", "configured", "manifest", "build", "printed"].map(Canary::new);
+    let [secret, configured, manifest, build, printed] = &words;
+    let conf = host.state.join("etc/conf.d");
+    fs::create_dir_all(&conf).unwrap();
+    fs::write(conf.join("50-build.toml"), format!("[runner.build.env]\nTOKEN = \"{}\"\n", build.plain))
+        .unwrap();
+    let old = host.kill("epagent-runner");
+    host.wait_restarted("epagent-runner", old);
+    host.wait_answering();
+
+    run_with_input(&mut host.command(&["secrets", "set", "shop", "TOKEN"]), secret.plain.as_bytes()).ok();
+    // It prints all that it holds, and then it ends: this is what a verdict shows of it.
+    let app = AppDir::server("shop", "v1", "");
+    let good = fs::read_to_string(app.file("epagent.toml")).unwrap();
+    let with = |text: &str| {
+        let env = format!("[env]\nSHAPE = \"{}\"", manifest.plain);
+        text.replace("[env]", &env).replace("image = \"host\"", "image = \"host\"\nsecrets = [\"TOKEN\"]")
+    };
+    app.write("noise.sh", &format!("env; env >&2; echo {}; echo \"$TOKEN\"\n", printed.plain));
+    let talking = |then: &str| with(&good).replace("python3 server.py", &format!("sh noise.sh; {then}"));
+    app.write("epagent.toml", &talking("exec python3 server.py"));
+    host.deploy(&app).ok();
+    host.cli(&["config", "shop", "set", &format!("COLOUR={}", configured.plain)]).ok();
+    app.write("epagent.toml", &talking("exit 3"));
+    let failed = host.deploy(&app);
+    assert!(printed.is_in(failed.stderr.as_bytes()), "the verdict shows what was printed: {failed}");
+
+    let path = host.state.parent().unwrap().join("bundle.tar.zst");
+    let output = path.to_str().unwrap();
+    let made = host.cli(&["debug", "bundle", "--output", output]);
+    assert_eq!(made.clone().ok().trim(), output);
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+    host.cli(&["debug", "bundle", "--output", output]).fails(1, &["output_failed"]);
+    let folder = unpacked(&path);
+    for canary in &words {
+        let files = canary.files(folder.path());
+        assert!(files.is_empty(), "{} is in {files:?}", canary.plain);
+    }
+    let texts_up = texts(folder.path());
+    for (name, word) in [
+        ("versions.txt", "epagent-runner 0."),
+        ("config.json", "\"build.env.TOKEN\""),
+        ("doctor.json", "\"runner\""),
+        ("store.json", "\"found\": "),
+        ("agent/status.json", "\"table_version\""),
+        ("agent/instances.json", "\"shop\""),
+        ("agent/routes.json", "shop.test"),
+        ("agent/balancer.json", "\"upstreams\""),
+        ("agent/events.json", "deploy"),
+        ("logs/epagentd.log", "a deploy failed"),
+        ("kernel.txt", "Linux version"),
+        ("mounts.txt", "btrfs"),
+        ("disks.txt", "MiB free"),
+        ("cgroups.txt", "pids.current"),
+    ] {
+        assert!(texts_up.get(name).is_some_and(|text| text.contains(word)), "no {word:?} in {name}");
+    }
+
+    // The node is down: what is on disk is told, and what is not.
+    host.end(Signal::SIGTERM);
+    fs::remove_file(&path).unwrap();
+    let made = host.cli(&["debug", "bundle", "--output", output]);
+    assert!(made.stderr.contains("missing: agent/status.json: nothing answers at"), "{made}");
+    made.ok();
+    let folder = unpacked(&path);
+    let texts_down = texts(folder.path());
+    assert!(texts_down["about.json"].contains("agent/status.json"), "{}", texts_down["about.json"]);
+    assert_eq!(texts_down["store.json"], texts_up["store.json"]);
+    assert!(texts_down["logs/epagentd.log"].contains("a deploy failed"));
+    assert!(words.iter().all(|canary| canary.files(folder.path()).is_empty()));
 }

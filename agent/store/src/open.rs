@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{ConnectOptions, SqlitePool};
 use tokio::sync::watch;
@@ -41,6 +42,16 @@ impl Schema {
     /// The file was migrated by the epagent after this one. It runs, and the operator should be told.
     pub fn is_ahead(self) -> bool {
         self.found > self.known
+    }
+
+    /// Looks at a file that may be in use, or whose agent is gone; changes nothing.
+    pub async fn of(path: &Path) -> Result<Schema> {
+        let options = SqliteConnectOptions::new().filename(path).read_only(true).busy_timeout(WAIT);
+        let reader =
+            pool(options.disable_statement_logging(), 1).await.during("open the state for reading")?;
+        let found = applied(&reader).await.during("read the version of the schema")?;
+        reader.close().await;
+        Ok(Schema { found, known: known() })
     }
 }
 
@@ -105,8 +116,8 @@ async fn pool(options: SqliteConnectOptions, connections: u32) -> sqlx::Result<S
 }
 
 async fn migrate(path: &Path, writer: &SqlitePool) -> Result<Schema> {
-    let mut migrator = sqlx::migrate!();
-    let known = migrator.iter().map(|migration| migration.version).max().unwrap_or(0);
+    let mut migrator = migrations();
+    let known = known();
     let found = applied(writer).await.during("read the version of the schema")?;
     if found > known + 1 {
         return Err(StoreError::SchemaTooNew { path: path.to_owned(), found, known });
@@ -117,6 +128,15 @@ async fn migrate(path: &Path, writer: &SqlitePool) -> Result<Schema> {
         .await
         .map_err(|source| StoreError::Migrate { path: path.to_owned(), source })?;
     Ok(Schema { found: found.max(known), known })
+}
+
+fn migrations() -> Migrator {
+    sqlx::migrate!()
+}
+
+/// The newest migration that this binary has.
+fn known() -> i64 {
+    migrations().iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
 /// The newest migration in the file; 0 for an empty one.

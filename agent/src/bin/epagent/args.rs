@@ -446,6 +446,7 @@ mod tests {
             "balancer status --json",
             "balancer connections",
             "balancer connections shop --route shop.example -n 20 --json",
+            "debug bundle --output x.tar.zst --etc /x",
             "debug config --etc /x --json",
             "balancer reload",
             "top --once",

@@ -8,6 +8,14 @@ use super::Json;
 
 #[derive(Debug, Subcommand)]
 pub enum DebugVerb {
+    /// Write what support needs to know of this node to one file; secrets, variables and logs of apps are not in it
+    Bundle {
+        #[command(flatten)]
+        node: OfNode,
+        /// The file to make, a tar packed by zstd [default: one of the host's name and the time, here]
+        #[arg(long, short, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
     /// Show the configuration in force, and the file and line each value comes from
     Config {
         #[command(flatten)]

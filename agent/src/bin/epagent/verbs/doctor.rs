@@ -13,15 +13,20 @@ use crate::failure::{Failure, status};
 use crate::screen::{Screen, Tone, state_cell};
 
 pub async fn doctor(client: &Client, json: &Json) -> Outcome {
-    let (checks, reached) = match client.get::<Vec<Check>>("/v1/doctor").await {
-        Ok(checks) => (checks, true),
-        Err(error) => (from_here(client.socket(), error), false),
-    };
+    let (checks, reached) = checks(client).await;
     print(&checks, json)?;
     match (reached, checks.iter().any(|check| check.state == "fail")) {
         (false, _) => Ok(status::UNREACHABLE),
         (true, true) => Ok(status::FAILED),
         (true, false) => Ok(status::OK),
+    }
+}
+
+/// What is found, and whether it is the agent that found it.
+pub async fn checks(client: &Client) -> (Vec<Check>, bool) {
+    match client.get::<Vec<Check>>("/v1/doctor").await {
+        Ok(checks) => (checks, true),
+        Err(error) => (from_here(client.socket(), error), false),
     }
 }
 

@@ -1,5 +1,8 @@
-//! What helps to find out: the configuration in force.
+//! What helps to find out: the configuration in force, and a bundle of all that support needs.
 
+mod bundle;
+mod cgroups;
+mod collect;
 mod config;
 
 use std::path::{Path, PathBuf};
@@ -10,6 +13,9 @@ use crate::client::Client;
 
 pub async fn debug(client: &Client, verb: DebugVerb) -> Outcome {
     match verb {
+        DebugVerb::Bundle { node, output } => {
+            bundle::make(client, &etc(&node, client.socket()), output.as_deref()).await
+        }
         DebugVerb::Config { node, json } => config::print(&etc(&node, client.socket()), &json),
     }
 }
