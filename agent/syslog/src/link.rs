@@ -71,7 +71,7 @@ impl Link {
     /// between may have arrived, the connection is given up, and the caller sends them again.
     pub async fn send(&mut self, frames: &[u8]) -> Result<(), LinkError> {
         let server = self.server.clone();
-        // A server that went away while there was nothing to say must not be spoken to: the first words would be lost.
+        // A server that went away while there was nothing to say is no failure yet: it may be back already.
         let mut held = self.stream.take();
         if let Some(stream) = &mut held
             && stream.is_closed().await
