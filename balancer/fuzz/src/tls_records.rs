@@ -27,6 +27,8 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore};
 const SOCK: SockId = SockId { index: 0, generation: 0 };
 /// Most a client may say before its handshake is done, and one receive of it more.
 const STRANGE_BYTES_MAX: usize = (64 + 16) * 1024;
+/// How often a client changes its keys. Beyond 32 in a row rustls takes it for an attack.
+const NEW_KEYS_MAX: usize = 20;
 
 /// What came of one case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -80,7 +82,7 @@ fn client(first: u8, choices: &[u8]) -> Outcome {
     let mut tls = new_client(usize::from(first >> 1 & 1));
     let mut above = Above::new(1 + usize::from(first) * 64, b"");
     let (mut said, mut harmed) = (Vec::new(), false);
-    let (mut choices, mut idle_turns) = (choices.iter().copied(), 0);
+    let (mut choices, mut idle_turns, mut new_keys) = (choices.iter().copied(), 0, 0);
     loop {
         // It says goodbye once its handshake is done, if that ever comes.
         let wait = tls.is_handshaking() && idle_turns < 8;
@@ -98,7 +100,10 @@ fn client(first: u8, choices: &[u8]) -> Outcome {
                 let len = usize::from(choices.next().unwrap_or(0)) % 40;
                 injected = choices.by_ref().take(len).collect();
             }
-            Some(6) if !tls.is_handshaking() => drop(tls.refresh_traffic_keys()),
+            Some(6) if !tls.is_handshaking() && new_keys < NEW_KEYS_MAX => {
+                new_keys += 1;
+                drop(tls.refresh_traffic_keys());
+            }
             Some(7) => above.interrupt(choice >= Some(128)),
             None => tls.send_close_notify(),
             _ => {}
