@@ -83,13 +83,14 @@ impl Core {
             }
             Finish::No | Finish::Fin => {}
         }
-        if !std::mem::replace(&mut sock.fin_sent, true) {
-            self.out.push(Op::ShutdownWrite { sock: id });
-        }
+        let first = !std::mem::replace(&mut sock.fin_sent, true);
         let over =
             self.socks.get(id).is_none_or(|sock| sock.finish == Finish::Fin && self.tunnel_is_over(sock));
         if over {
+            // Closing sends the last FIN.
             self.close_tunnel(id, false, Outcome::Closed);
+        } else if first {
+            self.out.push(Op::ShutdownWrite { sock: id });
         }
         over
     }

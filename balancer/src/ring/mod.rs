@@ -24,7 +24,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
+use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{self, SockaddrLike, SockaddrStorage};
@@ -72,9 +72,10 @@ pub struct Ring {
 struct Slot {
     generation: u32,
     fd: Option<RawFd>,
-    /// Operations in the ring that refer to it: a connect, or a receive and a send.
-    in_flight: u16,
-    /// Its send under way, as a slot of the table of sends.
+    /// Operations in the ring that refer to it, which hold it open.
+    connecting: bool,
+    receiving: bool,
+    /// As a slot of the table of sends.
     sending: Option<u32>,
 }
 
@@ -190,7 +191,7 @@ impl Ring {
             self.ready.push(Completion::Connected { sock });
             return Ok(());
         };
-        self.slot_mut(sock.index).in_flight = 1;
+        self.slot_mut(sock.index).connecting = true;
         let address = Box::new(SockaddrStorage::from(*address));
         let entry = opcode::Connect::new(Fd(fd), address.as_ptr(), address.len()).build();
         self.addresses.push(address);
@@ -199,7 +200,7 @@ impl Ring {
 
     fn recv(&mut self, sock: SockId, mode: RecvMode) -> io::Result<()> {
         let Some(fd) = self.fd(sock) else { return Ok(()) };
-        self.slot_mut(sock.index).in_flight += 1;
+        self.slot_mut(sock.index).receiving = true;
         let size = self.buffers.size() as u32;
         let entry = match (mode, self.receives) {
             (RecvMode::Many, Receives { capped: true, .. }) => setup::recv_capped(fd, CAP_BYTES),
@@ -220,7 +221,6 @@ impl Ring {
 
     fn send(&mut self, sock: SockId, chunks: Vec<Chunk>, mode: SendMode) -> io::Result<()> {
         let Some(fd) = self.fd(sock) else { return Ok(()) };
-        self.slot_mut(sock.index).in_flight += 1;
         let flags = libc::MSG_NOSIGNAL
             | match mode {
                 SendMode::Try => libc::MSG_DONTWAIT,
@@ -250,14 +250,17 @@ impl Ring {
             return Ok(());
         }
         let Some(fd) = slot.fd.take() else { return Ok(()) };
-        let busy = slot.in_flight > 0;
+        let (connecting, receiving, sending) = (slot.connecting, slot.receiving, slot.sending);
         if reset {
             reset_on_close(fd);
         }
-        if busy {
-            // They hold the socket open, so the peer would not see its end.
-            let cancel = opcode::AsyncCancel2::new(CancelBuilder::fd(Fd(fd)).all()).build();
-            self.push(cancel.flags(squeue::Flags::SKIP_SUCCESS), Token::Ignored)?;
+        // What is under way holds the socket open, so the peer would not see its end. Each by its own token,
+        // which the kernel looks up; by descriptor it would look through everything that waits.
+        let connect = connecting.then_some(Token::Connect(sock));
+        let recv = receiving.then_some(Token::Recv(sock));
+        let send = sending.map(|slot| Token::Send { slot });
+        for token in [connect, recv, send].into_iter().flatten() {
+            self.cancel(token)?;
         }
         self.push(opcode::Close::new(Fd(fd)).build().flags(squeue::Flags::SKIP_SUCCESS), Token::Ignored)
     }
@@ -305,7 +308,8 @@ impl Ring {
             Token::Wake => self.wake_armed = false,
             Token::Accept { listener } => self.accepted(ListenerId(listener), result, flags, out),
             Token::Connect(sock) => {
-                if self.ended(sock) {
+                if let Some(slot) = self.open_slot(sock) {
+                    slot.connecting = false;
                     out.push(match result {
                         0 => Completion::Connected { sock },
                         error => Completion::ConnectFailed { sock, error: Errno(-error) },
@@ -314,8 +318,9 @@ impl Ring {
             }
             Token::Recv(sock) => self.received(sock, result, flags, out),
             Token::Send { slot } => {
-                let Some(sock) = self.sends.end(slot).filter(|sock| self.ended(*sock)) else { return };
-                self.slot_mut(sock.index).sending = None;
+                let Some(sock) = self.sends.end(slot) else { return };
+                let Some(open) = self.open_slot(sock) else { return };
+                open.sending = None;
                 match result {
                     0.. => out.push(Completion::Sent { sock, bytes: result as usize }),
                     error if matches!(-error, libc::EAGAIN | libc::ECANCELED | libc::EINTR) => {
@@ -342,7 +347,11 @@ impl Ring {
 
     fn received(&mut self, sock: SockId, result: i32, flags: u32, out: &mut Vec<Completion>) {
         let over = !cqueue::more(flags);
-        let known = if over { self.ended(sock) } else { self.fd(sock).is_some() };
+        let open = self.open_slot(sock);
+        let known = open.is_some();
+        if let Some(slot) = open {
+            slot.receiving = !over;
+        }
         if let Some(first) = cqueue::buffer_select(flags) {
             // Lent even to a socket that is closed: dropping it is what gives the buffer back.
             self.buffers.lend(first, result.max(0) as usize, |chunk| {
@@ -368,15 +377,10 @@ impl Ring {
         }
     }
 
-    /// An operation of this socket has ended; whether the core still has the socket.
-    fn ended(&mut self, sock: SockId) -> bool {
-        match self.slots.get_mut(sock.index as usize) {
-            Some(slot) if slot.generation == sock.generation => {
-                slot.in_flight = slot.in_flight.saturating_sub(1);
-                slot.fd.is_some()
-            }
-            _ => false,
-        }
+    /// The slot of a socket that the core still has.
+    fn open_slot(&mut self, sock: SockId) -> Option<&mut Slot> {
+        let slot = self.slots.get_mut(sock.index as usize)?;
+        (slot.generation == sock.generation && slot.fd.is_some()).then_some(slot)
     }
 
     fn fd(&self, sock: SockId) -> Option<RawFd> {
