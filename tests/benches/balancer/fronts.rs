@@ -1,8 +1,10 @@
 //! The fronts that are measured beside one another, each a process of its own on its processor.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::AtomicU16;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use epagent_tests::host::binary;
@@ -227,8 +229,10 @@ fn haproxy(
     upstream: &str,
 ) -> Command {
     let config = folder.join(format!("{kind:?}.cfg"));
+    // Its pipes are descriptors too, and so many it must be able to have.
+    let maxconn = if kind == Kind::HaproxySplice { 7_900 } else { 9_900 };
     let text = format!(
-        "global\n nbthread 1\n maxconn 9900\n {global}\ndefaults\n mode {mode}\n timeout connect 5s\n \
+        "global\n nbthread 1\n maxconn {maxconn}\n {global}\ndefaults\n mode {mode}\n timeout connect 5s\n \
          timeout client 600s\n timeout server 600s\n {options}\nlisten main\n bind {address}\n server one {upstream}\n"
     );
     write(&config, &text);
@@ -256,9 +260,12 @@ fn write(path: &Path, text: &str) {
     std::fs::write(path, text).unwrap_or_else(|error| panic!("writing {}: {error}", path.display()));
 }
 
+/// Below the ports that the kernel gives to connections, which would take one away before its front listens.
 fn free_address() -> SocketAddr {
-    let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
-    free.unwrap_or_else(|error| panic!("no free port: {error}"))
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    let mut addresses = std::iter::repeat_with(|| (Ipv4Addr::LOCALHOST, NEXT.fetch_add(1, Relaxed)).into());
+    let free = addresses.by_ref().take(5_000).find(|address: &SocketAddr| TcpListener::bind(address).is_ok());
+    free.unwrap_or_else(|| panic!("no free port"))
 }
 
 /// Whether a program is installed.
