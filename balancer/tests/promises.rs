@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use epagent_balancer::core::chunk::Chunk;
+use epagent_balancer::core::chunk::{Chunk, Chunks};
 use epagent_balancer::core::io::{
     Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId,
 };
@@ -111,7 +111,7 @@ fn sent(of: SockId) -> impl Fn(&Completion) -> Option<Result<usize, Errno>> {
     }
 }
 
-fn chunks(count: usize) -> Vec<Chunk> {
+fn chunks(count: usize) -> Chunks {
     (0..count).map(|_| Chunk::owned(vec![b'x'; 65_536])).collect()
 }
 

@@ -255,7 +255,7 @@ impl Above {
             self.ops.push(Op::StopRecv { sock: SOCK });
         } else if speaks && self.outcome.secured && !self.is_sending && self.outcome.end.is_none() {
             self.is_sending = true;
-            let chunks = vec![Chunk::owned(vec![7; 20_000])];
+            let chunks = [Chunk::owned(vec![7; 20_000])].into();
             self.ops.push(Op::Send { sock: SOCK, chunks, mode: SendMode::WaitAll });
         }
     }

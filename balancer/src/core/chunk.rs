@@ -8,11 +8,16 @@ use std::fmt;
 use std::ops::{Deref, Range};
 use std::rc::Rc;
 
+use smallvec::SmallVec;
+
 /// A buffer of the door's; dropping the last reference gives it back.
 pub trait SharedBuffer {
     /// The bytes that were received into it.
     fn bytes(&self) -> &[u8];
 }
+
+/// What one send takes, in order: nearly always one.
+pub type Chunks = SmallVec<[Chunk; 1]>;
 
 /// Bytes; see the module header.
 #[derive(Clone)]

@@ -368,6 +368,10 @@ impl Core {
         if bytes > 0 {
             sock.moved_at = now;
         }
+        if self.passes_on(id) {
+            return;
+        }
+        let Some(sock) = self.socks.get_mut(id) else { return };
         let (peer, room) = (sock.peer, sock.out.bytes() < Config::BACKLOG_HIGH_BYTES);
         if room && sock.http().is_some_and(|http| http.phase == Phase::Head && !http.inbuf.is_empty()) {
             self.runnable.push_back(id);
@@ -376,6 +380,18 @@ impl Core {
         if let Some(peer) = peer {
             self.touch(peer);
         }
+    }
+
+    /// Whether all of a tunnel's bytes are sent here and its other side goes on receiving: nothing follows from
+    /// that, and it is what nearly every message comes to.
+    fn passes_on(&self, id: SockId) -> bool {
+        let Some(sock) = self.socks.get(id) else { return false };
+        let receiving =
+            || sock.peer.and_then(|peer| self.socks.get(peer)).is_some_and(|peer| peer.recv == Recv::Armed);
+        matches!(sock.role, Role::Tunnel { .. })
+            && sock.finish == Finish::No
+            && sock.out.is_empty()
+            && receiving()
     }
 
     fn send_failed(&mut self, id: SockId) {

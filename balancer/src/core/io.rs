@@ -7,7 +7,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use super::chunk::Chunk;
+use super::chunk::{Chunk, Chunks};
 use super::refusal::Refusal;
 use super::secure::{Secured, TlsFault};
 use crate::table::Address;
@@ -108,7 +108,7 @@ pub enum Op {
     /// End receiving. What was received before it takes effect still arrives.
     StopRecv { sock: SockId },
     /// Send; at most one is under way for a socket.
-    Send { sock: SockId, chunks: Vec<Chunk>, mode: SendMode },
+    Send { sock: SockId, chunks: Chunks, mode: SendMode },
     /// End a send that waits; it answers with what was taken. One that has just ended is no fault.
     StopSend { sock: SockId },
     /// Speak TLS on an accepted socket, as the server, beginning with what has been read of it. Nothing may

@@ -15,10 +15,9 @@
 //! what is left is copied, and until it has proved quick again nothing is lent to it. So slow peers cost bounded memory of our own, and never the buffers that
 //! others receive into.
 
-use std::collections::VecDeque;
 use std::rc::Rc;
 
-use super::chunk::Chunk;
+use super::chunk::{Chunk, Chunks};
 use super::io::{Millis, SendMode};
 use super::memory::{Budget, Share};
 
@@ -48,7 +47,7 @@ pub struct Outbox {
 /// What is queued; a part of it is under way.
 #[derive(Debug, Default)]
 struct Busy {
-    queue: VecDeque<Chunk>,
+    queue: Chunks,
     bytes: usize,
     /// Of the queue: chunks in shared buffers, and their bytes.
     shared: usize,
@@ -75,7 +74,7 @@ enum SendState {
 /// A send to issue.
 #[derive(Debug)]
 pub struct Send {
-    pub chunks: Vec<Chunk>,
+    pub chunks: Chunks,
     pub mode: SendMode,
 }
 
@@ -172,14 +171,14 @@ impl Busy {
     fn push(&mut self, chunk: Chunk) {
         self.bytes += chunk.len();
         let small = chunk.len() <= SMALL_BYTES;
-        if small && self.queue.back_mut().is_some_and(|last| last.try_extend(&chunk, JOIN_BYTES)) {
+        if small && self.queue.last_mut().is_some_and(|last| last.try_extend(&chunk, JOIN_BYTES)) {
             return;
         }
         if chunk.is_shared() {
             self.shared += 1;
             self.shared_bytes += chunk.len();
         }
-        self.queue.push_back(chunk);
+        self.queue.push(chunk);
     }
 
     fn try_send(&mut self) -> Send {
@@ -197,7 +196,7 @@ impl Busy {
         Send { chunks, mode: if lent { SendMode::WaitAll } else { SendMode::WaitSome } }
     }
 
-    fn next_chunks(&self) -> Vec<Chunk> {
+    fn next_chunks(&self) -> Chunks {
         self.queue.iter().take(CHUNKS_PER_SEND_MAX).cloned().collect()
     }
 
@@ -232,20 +231,22 @@ impl Busy {
     fn take(&mut self, mut bytes: usize) {
         debug_assert!(bytes <= self.bytes, "more was sent than was queued");
         self.bytes -= bytes.min(self.bytes);
-        while let Some(front) = self.queue.front_mut() {
-            let (shared, whole) = (front.is_shared(), front.len() <= bytes);
-            let taken = front.len().min(bytes);
-            if shared {
+        let mut whole = 0;
+        for chunk in &mut self.queue {
+            let taken = chunk.len().min(bytes);
+            let over = taken == chunk.len();
+            if chunk.is_shared() {
                 self.shared_bytes -= taken;
-                self.shared -= usize::from(whole);
-            }
-            if !whole {
-                front.advance(bytes);
-                return;
+                self.shared -= usize::from(over);
             }
             bytes -= taken;
-            self.queue.pop_front();
+            if !over {
+                chunk.advance(taken);
+                break;
+            }
+            whole += 1;
         }
+        self.queue.drain(..whole);
     }
 
     /// Copies all but the first `kept` shared chunks, and those too small to be worth a buffer.
@@ -256,13 +257,13 @@ impl Busy {
             if chunk.is_shared() && chunk.len() > SMALL_BYTES && self.shared < kept {
                 self.shared += 1;
                 self.shared_bytes += chunk.len();
-                self.queue.push_back(chunk);
+                self.queue.push(chunk);
                 continue;
             }
             let joined = chunk.is_shared()
-                && self.queue.back_mut().is_some_and(|last| last.try_extend(&chunk, JOIN_BYTES));
+                && self.queue.last_mut().is_some_and(|last| last.try_extend(&chunk, JOIN_BYTES));
             if !joined {
-                self.queue.push_back(chunk.into_owned());
+                self.queue.push(chunk.into_owned());
             }
         }
     }

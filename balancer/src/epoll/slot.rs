@@ -9,7 +9,7 @@ use rustix::io::{Errno as SysErrno, retry_on_intr};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, send, sendmsg, shutdown};
 
 use super::buffers::Buffers;
-use crate::core::chunk::Chunk;
+use crate::core::chunk::{Chunk, Chunks};
 use crate::core::io::{Completion, Errno, RecvEnd, RecvMode, SendMode, SockId};
 
 /// Most buffers one socket may fill in its turn.
@@ -29,7 +29,7 @@ pub struct Slot {
     pub due: bool,
     pub connecting: bool,
     /// A send that waits for room.
-    pub waiting_send: Option<Vec<Chunk>>,
+    pub waiting_send: Option<Chunks>,
 }
 
 /// What epoll is asked to tell. Room to send is asked for only while it is waited for: a unix socket would
@@ -115,7 +115,7 @@ impl Slot {
     }
 
     /// Sends what fits. One that waits, and finds no room, is kept for later.
-    pub fn send(&mut self, chunks: Vec<Chunk>, mode: SendMode) -> Option<Completion> {
+    pub fn send(&mut self, chunks: Chunks, mode: SendMode) -> Option<Completion> {
         let sock = self.sock;
         match send_now(&self.socket, &chunks) {
             Ok(bytes) => Some(Completion::Sent { sock, bytes }),

@@ -34,7 +34,7 @@ use self::buffers::{Buffers, GROUP};
 use self::sends::{Pointers, Sends};
 use self::setup::Receives;
 use self::token::Token;
-use crate::core::chunk::Chunk;
+use crate::core::chunk::Chunks;
 use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId};
 use crate::door::Door;
 use crate::sockets;
@@ -219,7 +219,7 @@ impl Ring {
         self.push(entry, Token::Recv(sock))
     }
 
-    fn send(&mut self, sock: SockId, chunks: Vec<Chunk>, mode: SendMode) -> io::Result<()> {
+    fn send(&mut self, sock: SockId, chunks: Chunks, mode: SendMode) -> io::Result<()> {
         let Some(fd) = self.fd(sock) else { return Ok(()) };
         let flags = libc::MSG_NOSIGNAL
             | match mode {

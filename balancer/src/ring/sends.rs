@@ -2,7 +2,7 @@
 
 use std::ptr;
 
-use crate::core::chunk::Chunk;
+use crate::core::chunk::Chunks;
 use crate::core::io::SockId;
 
 /// The table of sends. A slot is free, or belongs to exactly one operation in the ring.
@@ -15,7 +15,7 @@ pub struct Sends {
 /// One send. The header and the vector it points to are on the heap, so that a slot may move.
 struct Slot {
     sock: Option<SockId>,
-    chunks: Vec<Chunk>,
+    chunks: Chunks,
     vector: Vec<libc::iovec>,
     header: Box<libc::msghdr>,
 }
@@ -30,7 +30,7 @@ pub enum Pointers {
 
 impl Sends {
     /// Keeps the chunks until [`Sends::end`] is called for the slot.
-    pub fn begin(&mut self, sock: SockId, chunks: Vec<Chunk>) -> (u32, Pointers) {
+    pub fn begin(&mut self, sock: SockId, chunks: Chunks) -> (u32, Pointers) {
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::new());
             self.slots.len() as u32 - 1
@@ -62,7 +62,7 @@ impl Slot {
             msg_controllen: 0,
             msg_flags: 0,
         };
-        Self { sock: None, chunks: Vec::new(), vector: Vec::new(), header: Box::new(header) }
+        Self { sock: None, chunks: Chunks::new(), vector: Vec::new(), header: Box::new(header) }
     }
 
     fn pointers(&mut self) -> Pointers {

@@ -21,6 +21,7 @@
 use std::sync::Arc;
 
 use rustls::ServerConfig;
+use smallvec::smallvec;
 
 use super::outgoing::Outgoing;
 use super::session::{Fault, RECORD_BYTES, RECORD_OVERHEAD_BYTES, Sealed, Session};
@@ -408,7 +409,7 @@ impl Conn {
         if idle && self.goodbye == Goodbye::Unsaid && self.session.goodbye(&mut goodbye).is_ok() {
             fx.down.push(Op::Send {
                 sock: self.sock,
-                chunks: vec![Chunk::owned(goodbye)],
+                chunks: smallvec![Chunk::owned(goodbye)],
                 mode: SendMode::Try,
             });
         }

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use crate::core::chunk::Chunk;
+use crate::core::chunk::{Chunk, Chunks};
 
 /// The queue of one connection.
 #[derive(Default)]
@@ -34,7 +34,7 @@ impl Outgoing {
     }
 
     /// What to send.
-    pub fn chunks(&self) -> Vec<Chunk> {
+    pub fn chunks(&self) -> Chunks {
         self.chunks.iter().cloned().collect()
     }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
-use epagent_balancer::core::chunk::{Chunk, SharedBuffer};
+use epagent_balancer::core::chunk::{Chunk, Chunks, SharedBuffer};
 use epagent_balancer::core::config::Config;
 use epagent_balancer::core::engine::Core;
 use epagent_balancer::core::io::{
@@ -48,7 +48,7 @@ pub struct DoorSock {
     pub conn: usize,
     pub recv: Option<RecvMode>,
     stopping: bool,
-    pub waiting_send: Option<(Vec<Chunk>, SendMode)>,
+    pub waiting_send: Option<(Chunks, SendMode)>,
     /// What was taken of a send that waits for all of it, and whether it is being stopped.
     taken: usize,
     send_stopping: bool,
@@ -606,7 +606,7 @@ impl World {
         });
     }
 
-    fn send(&mut self, id: SockId, chunks: Vec<Chunk>, mode: SendMode) {
+    fn send(&mut self, id: SockId, chunks: Chunks, mode: SendMode) {
         let sock = self.socks.get_mut(&id).expect("sending on an open socket");
         assert!(sock.waiting_send.is_none() && !sock.trying, "two sends at a time");
         assert!(matches!(sock.tls, DoorTls::Off | DoorTls::On), "a send in state {:?}", sock.tls);
@@ -636,7 +636,7 @@ impl World {
 }
 
 /// Drops the first bytes.
-fn advance(chunks: &mut Vec<Chunk>, mut bytes: usize) {
+fn advance(chunks: &mut Chunks, mut bytes: usize) {
     while let Some(first) = chunks.first_mut() {
         if first.len() > bytes {
             return first.advance(bytes);

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use epagent_balancer::core::chunk::{Chunk, SharedBuffer};
+use epagent_balancer::core::chunk::{Chunk, Chunks, SharedBuffer};
 use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RecvEnd, RecvMode, SendMode, SockId};
 use epagent_balancer::door::Door;
 
@@ -80,7 +80,7 @@ pub struct Fake {
     pub live: Rc<Cell<usize>>,
     recv: Option<RecvMode>,
     stopping: bool,
-    waiting_send: Option<Vec<Chunk>>,
+    waiting_send: Option<Chunks>,
     /// Of a send that waits for all of it: what was taken.
     taken: Option<usize>,
     stopping_send: bool,
@@ -244,7 +244,7 @@ impl Door for FakeDoor {
     }
 }
 
-fn advance(chunks: &mut Vec<Chunk>, mut count: usize) {
+fn advance(chunks: &mut Chunks, mut count: usize) {
     while let Some(first) = chunks.first_mut() {
         if first.len() > count {
             return first.advance(count);

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use epagent_balancer::core::chunk::Chunk;
+use epagent_balancer::core::chunk::{Chunk, Chunks};
 use epagent_balancer::core::io::{Completion, Errno, Op, RecvEnd, RecvMode, SendMode, SockId};
 use epagent_balancer::core::secure::{Names, TlsFault};
 use epagent_balancer::door::Door;
@@ -280,7 +280,7 @@ impl Run {
         let mode = [SendMode::Try, SendMode::WaitSome, SendMode::WaitAll][self.rng.below(3)];
         let owned = mode != SendMode::Try;
         let live = self.fake.borrow().live.clone();
-        let (mut chunks, mut at) = (Vec::new(), self.sent_bytes);
+        let (mut chunks, mut at) = (Chunks::new(), self.sent_bytes);
         let until = at + offered;
         while at < until {
             let size = 1 + self.rng.below((until - at).min(20_000));
