@@ -252,7 +252,8 @@ fn connections_that_come_go_and_break_off_leave_nothing_behind() {
         "/large" => respond(stream, &body),
         _ => respond(stream, b"small"),
     });
-    let balancer = Balancer::start(&["--threads", "2"]);
+    // Small buffers, so that all of their memory is in use before it is measured.
+    let balancer = Balancer::start(&["--threads", "2", "--buffer-bytes", "4096"]);
     let port = free_address().port();
     let routes = [
         host_route("shop.example", &[("a", app.address, "up")]),
