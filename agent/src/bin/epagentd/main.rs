@@ -138,7 +138,8 @@ fn start(arguments: Arguments, recent: Recent) -> Result<(), StartError> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        parts.store.close().await;
+        // The loops end with the runtime, wherever they wait. The store is not closed before: a loop that still turns
+        // would take that for trouble, and what is committed is as safe as after a kill.
         Ok(())
     })
 }
