@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 
-/// nft takes some milliseconds; longer than this it never takes.
-const NFT_TIMEOUT: Duration = Duration::from_secs(10);
+/// nft takes some milliseconds. While a machine boots it waits for modules behind everybody else's: an emulated one took
+/// more than 10 s. It is run before and after the runner's loop, never in it.
+const NFT_TIMEOUT: Duration = Duration::from_secs(60);
 const NFT_POLL: Duration = Duration::from_millis(2);
 /// Most of nft's words in an error.
 const NFT_ERROR_BYTES_MAX: u64 = 2048;
