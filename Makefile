@@ -11,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup root rust build lint test demo soak bench bench-balancer deb clean
+.PHONY: help setup root rust build lint test demo soak bench bench-balancer setup-deb deb test-deb clean
 
 # One profile for everything: what is tested is what is shipped, and nothing is built twice.
 PROFILE := release
@@ -27,7 +27,7 @@ ROOT_SUITES := EPAGENT_BIN_DIR=$(DIST)
 
 # Program to look for, and the Debian package that has it.
 NEEDS := mkfs.btrfs:btrfs-progs nft:nftables mmdebstrap:mmdebstrap python3:python3 node:nodejs npm:npm \
-         zstd:zstd curl:curl ip:iproute2 ps:procps gcc:gcc
+         zstd:zstd curl:curl ip:iproute2 ps:procps gcc:gcc systemd-analyze:systemd
 # Packages without a program of their own.
 NEEDS_PACKAGES := python3-venv libc6-dev ca-certificates
 
@@ -75,9 +75,12 @@ lint: rust
 	  cargo clippy --profile $(PROFILE) --workspace --all-targets $(if $(CI),-- -D warnings); \
 	else echo "no clippy here: not checked"; fi
 
-test: root setup build lint
+# VM: how many of the tests in throwaway machines, short (some ten minutes of it) or none.
+VM := short
+test: root setup build lint $(if $(filter none,$(VM)),,setup-vm test-deb)
 	@cargo nextest --version >/dev/null 2>&1 || cargo install cargo-nextest --locked
-	$(ROOT_SUITES) cargo nextest run --cargo-profile $(PROFILE) --workspace
+	$(ROOT_SUITES) EPAGENT_TEST_VM=$(VM) EPAGENT_DEBS=$(abspath target/test-deb) \
+	  cargo nextest run --cargo-profile $(PROFILE) --workspace
 
 demo: root setup build
 	@$(DIST)/epagent-demo $(if $(filter-out 0,$(ONCE)),--once)
@@ -100,12 +103,15 @@ bench-balancer: root setup build
 	  apt-get update -q && apt-get install -q -y --no-install-recommends haproxy nginx libnginx-mod-stream; }
 	$(ROOT_SUITES) cargo bench --profile $(PROFILE) -p epagent-tests --bench balancer
 
+setup-deb:
+	@command -v dh >/dev/null && command -v dpkg-buildpackage >/dev/null && command -v pkg-config >/dev/null || { \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -q && apt-get install -q -y --no-install-recommends debhelper dpkg-dev lintian pkgconf; }
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 # The packages, in target/deb, from a clean tree of the last commit. debhelper gives the build a HOME of its own, so
 # the toolchain's places are named.
-VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
-deb: rust
-	@command -v dh >/dev/null && command -v dpkg-buildpackage >/dev/null || { export DEBIAN_FRONTEND=noninteractive; \
-	  apt-get update -q && apt-get install -q -y --no-install-recommends debhelper dpkg-dev lintian; }
+deb: rust setup-deb
 	@[ "$$(dpkg-parsechangelog -S Version)" = "$(VERSION)" ] || { echo "error: debian/changelog and Cargo.toml differ in their version." >&2; exit 1; }
 	rm -rf target/deb && mkdir -p target/deb/epagent-$(VERSION)
 	git archive HEAD | tar -x -C target/deb/epagent-$(VERSION)
@@ -114,6 +120,13 @@ deb: rust
 	rm -rf target/deb/epagent-$(VERSION)
 	@if command -v lintian >/dev/null; then lintian --pedantic --fail-on error,warning target/deb/*.changes; fi
 	@ls -1 target/deb/*.deb
+
+# The same packages of this tree as it is and of what is built: for the tests in machines.
+test-deb: setup-deb build
+	rm -rf target/test-deb && mkdir -p target/test-deb/epagent
+	tar --exclude=./target --exclude=./.git -c . | tar -x -C target/test-deb/epagent
+	cd target/test-deb/epagent && EPAGENT_DIST=$(DIST) DEB_BUILD_OPTIONS=noautodbgsym dpkg-buildpackage -us -uc -b
+	rm -rf target/test-deb/epagent
 
 clean:
 	cargo clean
@@ -130,7 +143,7 @@ setup-vm: setup
 vm-test: root setup-vm build deb
 	@cargo nextest --version >/dev/null 2>&1 || cargo install cargo-nextest --locked
 	cargo nextest list --cargo-profile $(PROFILE) --workspace --list-type binaries-only --message-format json > $(BUILT)/tests.json
-	$(ROOT_SUITES) EPAGENT_TEST_VM=1 EPAGENT_TEST_LIST=$(BUILT)/tests.json \
+	$(ROOT_SUITES) EPAGENT_TEST_VM=whole EPAGENT_TEST_LIST=$(BUILT)/tests.json \
 	  cargo nextest run --cargo-profile $(PROFILE) --workspace --profile vm \
 	    -E 'package(epagent-tests) & (binary(vm) | binary(packages))$(if $(T), & test(/$(T)/))'
 

@@ -1,17 +1,20 @@
 //! The packages on fresh machines: installed, set up, served from, cut off, upgraded under load, removed.
 //!
-//! Only with `EPAGENT_TEST_VM=1` and packages in `target/deb` (or `EPAGENT_DEBS`): `make vm-test [T=name]`.
+//! Only with `EPAGENT_TEST_VM` and packages in `target/deb` (or `EPAGENT_DEBS`): `make test` runs those on trixie,
+//! `make vm-test [T=name]` all.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use epagent_tests::vm::payload::Payload;
-use epagent_tests::vm::{Options, Release, Vm};
+use epagent_tests::vm::{Extent, Options, Release, Vm, wanted};
 
 /// Where the packages lie in a machine.
 const DEBS: &str = "/root/debs";
 const NEW_DEBS: &str = "/root/new-debs";
 const FETCH: &str = "curl -sS --fail --max-time 30 -H 'Host: hello.localhost' http://127.0.0.1/";
+const VISIT: &str = "curl -sS --fail --max-time 30 -H 'Host: counter.localhost' http://127.0.0.1/";
+const EXAMPLES: &str = "/usr/share/doc/epagent/examples";
 /// Requests on a kept connection and on new ones, one after the other, until `/run/enough` is there. What fails is
 /// written to `/run/failed`, how many were answered to `/run/answered`.
 const LOAD: &str = r#"
@@ -38,26 +41,25 @@ while not os.path.exists("/run/enough"):
 open("/run/failed", "w").write("\n".join(failed))
 "#;
 
-fn wanted() -> bool {
-    let wanted = std::env::var("EPAGENT_TEST_VM").is_ok_and(|value| value == "1");
-    if !wanted {
-        eprintln!("SKIPPED: VMs are not asked for; EPAGENT_TEST_VM=1 or `make vm-test` runs this");
-    }
-    wanted
-}
-
-fn debs() -> PathBuf {
+/// The packages, without those for debuggers.
+fn debs() -> Vec<PathBuf> {
     let default = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/deb");
     let folder = std::env::var_os("EPAGENT_DEBS").map_or_else(default, PathBuf::from);
-    assert!(folder.is_dir(), "{} is missing; `make deb` makes it", folder.display());
-    folder
+    let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_ours = |name: &str| name.ends_with(".deb") && !name.contains("-dbgsym_");
+    let debs: Vec<PathBuf> =
+        entries.filter(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(is_ours)).collect();
+    assert!(!debs.is_empty(), "no packages in {}; `make deb` makes them", folder.display());
+    debs
 }
 
 /// A machine that has the packages, but not installed.
 #[track_caller]
 fn machine(release: Release) -> Vm {
     let mut payload = Payload::default();
-    payload.folder(&debs(), DEBS);
+    for deb in debs() {
+        payload.file(&deb, DEBS);
+    }
     payload.text("/root/load.py", LOAD);
     let vm = Vm::with(release, Options { payload, ..Options::default() });
     println!("{}: {} forked={} in {:?}", vm.name, release.name(), vm.forked, vm.took);
@@ -81,17 +83,32 @@ fn set_up(vm: &Vm) {
 }
 
 #[track_caller]
-fn deploy(vm: &Vm) {
-    let command = "epagent deploy /usr/share/doc/epagent/examples/hello";
-    vm.run_within(command, Duration::from_secs(60)).ok();
-    assert!(vm.succeed(FETCH).starts_with("Hello from epagent"));
+fn deploy(vm: &Vm, example: &str) {
+    let command = format!("epagent deploy {EXAMPLES}/{example}");
+    vm.run_within(&command, Duration::from_secs(60)).ok();
 }
 
+/// Nothing has failed, nothing was refused by the kernel, and nothing of ours complains. A monitor may be later with its
+/// first word than the runner waits where a machine is emulated; it is then started again.
 #[track_caller]
 fn all_is_well(vm: &Vm) {
     assert_eq!(vm.succeed("systemctl --failed --no-legend"), "");
-    let noise = vm.succeed("journalctl -b -k --no-pager | grep -iE 'avc:|audit.*type=1326|seccomp' || true");
+    let noise =
+        vm.succeed("journalctl -b -k --no-pager | grep -iE 'avc:|audit.*type=1326|audit: seccomp' || true");
     assert_eq!(noise, "", "the kernel refused something");
+    let complaints = vm.succeed(
+        "journalctl -b -p warning --no-pager -t epagentd -t epagent-runner -t epagent-balancer -t epagent-lease \
+         | grep -vE '^-- |no answer to hello' || true",
+    );
+    assert_eq!(complaints, "", "in the journal");
+}
+
+/// The number of this visit, which the example keeps in a database on its volume.
+#[track_caller]
+fn visit(vm: &Vm) -> u64 {
+    let said = vm.wait_until_succeeds(VISIT, Duration::from_secs(60));
+    let number = said.strip_prefix("visit ").and_then(|rest| rest.split(' ').next()?.parse().ok());
+    number.unwrap_or_else(|| panic!("{said}"))
 }
 
 #[track_caller]
@@ -103,14 +120,14 @@ fn pids(vm: &Vm) -> String {
 
 #[test]
 fn installed_it_serves_again_after_a_reboot_and_leaves_nothing_on_trixie() {
-    if wanted() {
+    if wanted(Extent::Short) {
         installed_it_serves_again_after_a_reboot_and_leaves_nothing(Release::Trixie);
     }
 }
 
 #[test]
 fn installed_it_serves_again_after_a_reboot_and_leaves_nothing_on_bookworm() {
-    if wanted() {
+    if wanted(Extent::Whole) {
         installed_it_serves_again_after_a_reboot_and_leaves_nothing(Release::Bookworm);
     }
 }
@@ -120,18 +137,26 @@ fn installed_it_serves_again_after_a_reboot_and_leaves_nothing(release: Release)
     let before = vm.succeed("ls /etc /etc/systemd/system /usr/lib /var/lib /run");
     set_up(&vm);
     vm.fail("epagent init").fails(1, &["already_set_up"]);
-    deploy(&vm);
+    vm.succeed("systemd-analyze verify --man=no /usr/lib/systemd/system/epagent*");
+    for unit in ["epagentd", "epagent-balancer", "epagent-lease"] {
+        vm.succeed(&format!("systemd-analyze security --no-pager --threshold=15 {unit}"));
+    }
+    deploy(&vm, "hello");
+    assert!(vm.succeed(FETCH).starts_with("Hello from epagent"));
+    deploy(&vm, "counter");
+    assert_eq!((visit(&vm), visit(&vm)), (1, 2));
     all_is_well(&vm);
     println!("{}", vm.succeed("epagent status; systemd-cgls --no-pager /epagent.slice | head -40"));
 
     vm.reboot();
     let again = vm.wait_until_succeeds(FETCH, Duration::from_secs(60));
     assert!(again.starts_with("Hello from epagent"), "{again}");
+    assert_eq!(visit(&vm), 3);
     all_is_well(&vm);
 
     // Nothing but the holder is the instances' life.
     let running = pids(&vm);
-    assert_eq!(running.split(' ').count(), 2, "{running:?}");
+    assert_eq!(running.split(' ').count(), 3, "{running:?}");
     for unit in ["epagentd", "epagent-runner", "epagent-lease", "epagent-balancer"] {
         vm.succeed(&format!("systemctl restart {unit}"));
         vm.wait_until_succeeds(FETCH, Duration::from_secs(20));
@@ -163,15 +188,43 @@ fn installed_it_serves_again_after_a_reboot_and_leaves_nothing(release: Release)
 }
 
 #[test]
+fn power_cut_in_a_deploy_and_a_write_leaves_the_old_state_or_the_new() {
+    if !wanted(Extent::Whole) {
+        return;
+    }
+    let mut vm = machine(Release::Trixie);
+    set_up(&vm);
+    deploy(&vm, "counter");
+    vm.succeed(&format!("cp -r {EXAMPLES}/hello /root/hello"));
+    vm.run_within("epagent deploy /root/hello", Duration::from_secs(60)).ok();
+    vm.succeed("sync; sed -i 's/version 1/version 2/' /root/hello/version.txt");
+    // Visits one after the other. Each is in the database before it is answered.
+    vm.succeed(&format!("systemd-run --quiet --unit=visits sh -c 'while {VISIT}; do :; done'"));
+    vm.succeed("epagent deploy --detach /root/hello >/dev/null 2>&1");
+    let answered = visit(&vm);
+    vm.power_cut();
+    let after = vm.wait_until_succeeds(FETCH, Duration::from_secs(60));
+    assert!(after.contains("version 1") || after.contains("version 2"), "{after}");
+    let now = visit(&vm);
+    println!("after the power cut: {}, {answered} visits became {now}", after.trim());
+    assert!(now > answered, "visit {answered} was answered and is forgotten: the next one is {now}");
+    all_is_well(&vm);
+    // And it can be deployed again.
+    vm.succeed("sed -i 's/version 1/version 2/' /root/hello/version.txt");
+    vm.run_within("epagent deploy /root/hello", Duration::from_secs(60)).ok();
+    assert!(vm.succeed(FETCH).contains("version 2"));
+}
+
+#[test]
 fn an_upgrade_under_load_loses_no_request_and_no_instance_on_trixie() {
-    if wanted() {
+    if wanted(Extent::Short) {
         an_upgrade_under_load_loses_no_request_and_no_instance(Release::Trixie);
     }
 }
 
 #[test]
 fn an_upgrade_under_load_loses_no_request_and_no_instance_on_bookworm() {
-    if wanted() {
+    if wanted(Extent::Whole) {
         an_upgrade_under_load_loses_no_request_and_no_instance(Release::Bookworm);
     }
 }
@@ -179,7 +232,7 @@ fn an_upgrade_under_load_loses_no_request_and_no_instance_on_bookworm() {
 fn an_upgrade_under_load_loses_no_request_and_no_instance(release: Release) {
     let vm = machine(release);
     set_up(&vm);
-    deploy(&vm);
+    deploy(&vm, "hello");
     // The same programs under a higher version: what an upgrade does is the scripts' and the units' affair.
     vm.run_within(
         &format!(

@@ -1,14 +1,14 @@
 //! Throwaway machines, and epagent on them: systemd as the first process, cgroup v2 alone, kernels 6.12 and 6.1.
 //!
-//! Only with `EPAGENT_TEST_VM=1`, since an emulated machine takes minutes for what takes seconds here:
-//! `make vm-test [T=name]`.
+//! Only with `EPAGENT_TEST_VM`, since an emulated machine takes minutes for what takes seconds here: `make test` runs
+//! a few of these, `make vm-test [T=name]` all.
 
 use std::time::Duration;
 
 use epagent_tests::vm::cable::Cable;
 use epagent_tests::vm::payload::Payload;
 use epagent_tests::vm::suite::{self, Outcome};
-use epagent_tests::vm::{Options, Release, Vm};
+use epagent_tests::vm::{Extent, Options, Release, Vm, wanted};
 
 const STATE: &str = "/var/lib/node";
 /// Tests that show nothing in a machine, and why not.
@@ -20,15 +20,6 @@ const NOT_HERE: [(&str, &str); 3] = [
 /// What the manifest of examples/hello asks for.
 const HELLO_MEMORY_BYTES: &str = "134217728";
 const HELLO_PIDS: &str = "64";
-
-/// Whether machines are wanted; says so when not.
-fn wanted() -> bool {
-    let wanted = std::env::var("EPAGENT_TEST_VM").is_ok_and(|value| value == "1");
-    if !wanted {
-        eprintln!("SKIPPED: VMs are not asked for; EPAGENT_TEST_VM=1 or `make vm-test` runs this");
-    }
-    wanted
-}
 
 /// Whether it is known what was built; the whole of two crates' tests is for `make vm-test` alone.
 fn listed() -> bool {
@@ -96,7 +87,7 @@ fn fetch(vm: &Vm, host: &str) -> String {
 
 #[test]
 fn machine_is_a_stock_debian_on_pure_cgroup_v2() {
-    if !wanted() {
+    if !wanted(Extent::Short) {
         return;
     }
     for release in Release::ALL {
@@ -115,7 +106,7 @@ fn machine_is_a_stock_debian_on_pure_cgroup_v2() {
 
 #[test]
 fn forks_of_one_machine_are_different_machines() {
-    if !wanted() {
+    if !wanted(Extent::Short) {
         return;
     }
     let one = Vm::start(Release::Trixie);
@@ -132,7 +123,7 @@ fn forks_of_one_machine_are_different_machines() {
 
 #[test]
 fn power_cut_loses_what_was_not_written_and_keeps_what_was() {
-    if !wanted() {
+    if !wanted(Extent::Short) {
         return;
     }
     let mut vm = Vm::start(Release::Trixie);
@@ -149,14 +140,14 @@ fn power_cut_loses_what_was_not_written_and_keeps_what_was() {
 
 #[test]
 fn hello_runs_confined_and_survives_kills_on_trixie() {
-    if wanted() {
+    if wanted(Extent::Whole) {
         hello_runs_confined_and_survives_kills(Release::Trixie);
     }
 }
 
 #[test]
 fn hello_runs_confined_and_survives_kills_on_bookworm() {
-    if wanted() {
+    if wanted(Extent::Whole) {
         hello_runs_confined_and_survives_kills(Release::Bookworm);
     }
 }
@@ -242,7 +233,7 @@ END"#,
 
 #[test]
 fn power_cut_in_a_deploy_leaves_the_old_release_or_the_new() {
-    if !wanted() {
+    if !wanted(Extent::Whole) {
         return;
     }
     let mut vm = with_agent(Release::Trixie);
@@ -268,7 +259,7 @@ fn power_cut_in_a_deploy_leaves_the_old_release_or_the_new() {
 
 #[test]
 fn three_machines_reach_each_other_until_they_are_parted() {
-    if !wanted() {
+    if !wanted(Extent::Whole) {
         return;
     }
     let cable = Cable::with_ends(3);
@@ -313,14 +304,14 @@ fn three_machines_reach_each_other_until_they_are_parted() {
 
 #[test]
 fn isolation_and_storage_keep_their_promises_on_trixie() {
-    if wanted() && listed() {
+    if wanted(Extent::Whole) && listed() {
         suites_pass(Release::Trixie);
     }
 }
 
 #[test]
 fn isolation_and_storage_keep_their_promises_on_bookworm() {
-    if wanted() && listed() {
+    if wanted(Extent::Whole) && listed() {
         suites_pass(Release::Bookworm);
     }
 }
@@ -366,7 +357,7 @@ const FRONT_KIB_MAX: u64 = 64 * 1024;
 
 #[test]
 fn ten_thousand_idle_and_a_thousand_busy_connections_fit_in_64_mib() {
-    if !wanted() {
+    if !wanted(Extent::Whole) {
         return;
     }
     let (idle, busy) = (10_000, 1_000);

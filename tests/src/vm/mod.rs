@@ -57,6 +57,31 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// Lines of the console and the journal that a failed test shows.
 const LINES_SHOWN: usize = 60;
 
+/// How many of the tests in machines are to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Extent {
+    /// What `make test` has time for.
+    Short,
+    /// Everything, `make vm-test`.
+    Whole,
+}
+
+/// Whether a test of this extent runs, by `EPAGENT_TEST_VM`; says so when not. Without the variable none does.
+#[track_caller]
+pub fn wanted(of: Extent) -> bool {
+    let asked = match std::env::var("EPAGENT_TEST_VM").as_deref() {
+        Ok("short") => Some(Extent::Short),
+        Ok("whole") => Some(Extent::Whole),
+        Ok("none") | Err(_) => None,
+        Ok(other) => panic!("EPAGENT_TEST_VM={other}: short, whole or none"),
+    };
+    let is_wanted = asked >= Some(of);
+    if !is_wanted {
+        eprintln!("SKIPPED: this machine is not asked for; `make vm-test` runs all (EPAGENT_TEST_VM=whole)");
+    }
+    is_wanted
+}
+
 /// A running machine.
 pub struct Vm {
     pub name: String,

@@ -73,6 +73,13 @@ impl Payload {
         command::run(&mut copy).ok();
     }
 
+    /// A file as it is, into a folder.
+    pub fn file(&mut self, from: &Path, folder: &str) {
+        let target =
+            self.place(&format!("{folder}/{}", from.file_name().unwrap_or_default().to_string_lossy()));
+        fs::copy(from, &target).unwrap_or_else(|error| panic!("copying {}: {error}", from.display()));
+    }
+
     pub fn text(&mut self, to: &str, text: &str) {
         let target = self.place(to);
         fs::write(&target, text).unwrap_or_else(|error| panic!("writing {}: {error}", target.display()));
