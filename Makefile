@@ -1,7 +1,7 @@
 # make setup   install what is missing on a Debian machine (needs root)
 # make build   all binaries, in target/dist
 # make demo    deploy an app, redeploy it under load, stay up until Ctrl-C; ONCE=1 ends by itself
-# make test    everything: formatting, lints, every test (needs root)
+# make test    everything: formatting, lints, every test, some in throwaway VMs (needs root) [VM=none: without those]
 # make soak    the end-to-end suites with long loads, an hour of churn, a million simulations [SEEDS=N]
 # make vm-test  the suites in throwaway VMs [T=part of a name]; vm-shell, vm-pair: machines to look around in [R=release]
 # make bench   every benchmark; bench-balancer: the balancer beside HAProxy, nginx and naive proxies
