@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use epagent_isolation::id::JailPath;
 use epagent_isolation::inspect;
+use epagent_isolation::monitor::client::START_TIMEOUT;
 use epagent_isolation::monitor::protocol::{ExecCall, TtySize};
 use epagent_wire::name::JailId;
 use epagent_wire::runner::{Exit, Inspection, PROTOCOL, Refusal, RefusalCode, Reply, TerminalSize};
@@ -129,7 +130,7 @@ impl Server {
         let launched = launch_order(&order, given, &self.ground()).map_err(|error| chain(&error));
         let connected = launched.and_then(|launched| {
             self.adopt(launched);
-            self.connect(&id).map_err(|error| chain(&error))
+            self.connect(&id, START_TIMEOUT).map_err(|error| chain(&error))
         });
         match connected {
             Ok(()) => self.answer(to, Ok(self.started(id))),

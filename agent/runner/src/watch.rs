@@ -6,8 +6,10 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use epagent_isolation::launch::Launched;
+use epagent_isolation::monitor::client::REQUEST_TIMEOUT;
 use epagent_isolation::monitor::protocol::{Event as MonitorEvent, ExecOutcome};
 use epagent_isolation::monitor::record::{ExitReason, ExitRecord, StopCause};
 use epagent_isolation::monitor::{Client, ClientError};
@@ -47,9 +49,9 @@ impl Server {
         let _ = waitid(Id::PIDFd(process.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
     }
 
-    /// Connects to a jail's monitor and takes in what it says at once.
-    pub fn connect(&mut self, jail: &JailId) -> Result<(), ClientError> {
-        let mut client = Client::connect(&control_socket(self.sockets.path(), jail))?;
+    /// Connects to a jail's monitor, which has `timeout` for its first word, and takes in what it says at once.
+    pub fn connect(&mut self, jail: &JailId, timeout: Duration) -> Result<(), ClientError> {
+        let mut client = Client::connect_within(&control_socket(self.sockets.path(), jail), timeout)?;
         client.subscribe()?;
         let serial = self.next_serial();
         self.watch(&client, Token::Monitor(serial)).map_err(|error| ClientError::Receive(error.into()))?;
@@ -172,7 +174,7 @@ impl Server {
         if !self.is_followed(jail) {
             return;
         }
-        match self.connect(jail) {
+        match self.connect(jail, REQUEST_TIMEOUT) {
             Ok(()) => {}
             Err(error) if nobody_listens(&error) => self.lost(jail),
             // It has its socket and does not answer: stopped, or the machine is busy. Asked again at the next tick.

@@ -23,6 +23,9 @@ use crate::sys::message;
 pub const EVENTS_MAX: usize = 64;
 /// How long a request may take.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_millis(1000);
+/// How long the first one may take of a monitor that was just started: it makes its instance before it listens to anybody.
+/// That is some milliseconds, and more than a second where every processor is busy.
+pub const START_TIMEOUT: Duration = Duration::from_millis(5000);
 
 /// Why a request to a monitor failed.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +83,11 @@ pub struct ExecSession {
 impl Client {
     /// Connects and agrees on a version.
     pub fn connect(path: &Path) -> Result<Client, ClientError> {
+        Client::connect_within(path, REQUEST_TIMEOUT)
+    }
+
+    /// The same, with a time of its own for the first answer.
+    pub fn connect_within(path: &Path, timeout: Duration) -> Result<Client, ClientError> {
         let connect = || -> io::Result<OwnedFd> {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
@@ -90,7 +98,7 @@ impl Client {
         let mut client =
             Client { socket, version: 0, id: String::new(), last_seq: 0, events: VecDeque::new() };
         let versions = (VERSION_MIN..=VERSION_MAX).collect();
-        match client.request("hello", 0, Call::Hello { versions }, &[])? {
+        match client.request_within(timeout, "hello", 0, Call::Hello { versions }, &[])? {
             (Answer::Hello { version, id }, _) => Ok(Client { version, id, ..client }),
             (other, _) => Err(unexpected("hello", &other)),
         }
@@ -180,10 +188,21 @@ impl Client {
         }
     }
 
-    /// Sends and waits for the answer, keeping events that come before it. What the agreed version does not have is
-    /// not even sent.
     fn request(
         &mut self,
+        request: &'static str,
+        since: u32,
+        call: Call,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Answer, Vec<OwnedFd>), ClientError> {
+        self.request_within(REQUEST_TIMEOUT, request, since, call, fds)
+    }
+
+    /// Sends and waits for the answer, keeping events that come before it. What the agreed version does not have is
+    /// not even sent.
+    fn request_within(
+        &mut self,
+        timeout: Duration,
         request: &'static str,
         since: u32,
         call: Call,
@@ -197,7 +216,7 @@ impl Client {
         let bytes = serde_json::to_vec(&Request { seq: expected, call }).map_err(ClientError::Protocol)?;
         message::send(self.socket.as_fd(), &bytes, fds)
             .map_err(|source| ClientError::Send { request, source })?;
-        let deadline = Instant::now() + REQUEST_TIMEOUT;
+        let deadline = Instant::now() + timeout;
         loop {
             match self.receive()? {
                 Some((Message::Answer { seq, answer }, fds)) if seq == expected => {
@@ -208,21 +227,24 @@ impl Client {
                     return Err(ClientError::Overrun);
                 }
                 Some((Message::Event { event }, _)) => self.events.push_back(event),
-                None => self.wait(request, deadline)?,
+                None if !self.wait(deadline)? => {
+                    return Err(ClientError::Timeout { request, timeout_ms: timeout.as_millis() as u64 });
+                }
+                None => {}
             }
         }
     }
 
-    fn wait(&self, request: &'static str, deadline: Instant) -> Result<(), ClientError> {
-        let timeout_ms = REQUEST_TIMEOUT.as_millis() as u64;
+    /// Waits for a message; false when the deadline has passed.
+    fn wait(&self, deadline: Instant) -> Result<bool, ClientError> {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(ClientError::Timeout { request, timeout_ms });
+            return Ok(false);
         }
         let mut polled = [PollFd::new(&self.socket, PollFlags::IN)];
         let left = Timespec::try_from(left).ok();
         match rustix::event::poll(&mut polled, left.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(true),
             Err(errno) => Err(ClientError::Receive(errno.into())),
         }
     }
