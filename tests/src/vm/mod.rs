@@ -60,7 +60,7 @@ const LINES_SHOWN: usize = 60;
 /// How many of the tests in machines are to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Extent {
-    /// What `make test` has time for.
+    /// What `make test VM=short` has time for.
     Short,
     /// Everything, `make vm-test`.
     Whole,
