@@ -5,6 +5,8 @@ mod common;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
+use common::app::{App, respond};
+use common::client::Client;
 use common::{Balancer, free_address, host_route, port_route, until};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, setsockopt, socket, sockopt};
 
@@ -93,4 +95,24 @@ fn a_crowd_at_its_worst_stays_within_the_bound_that_is_shown() {
     assert!(status.memory.waiting_bytes <= status.memory.waiting_bytes_max);
     assert_eq!(status.counters.connections_open, (heads.len() + bodies.len() + slow.len()) as u64);
     eprintln!("{idle} bytes idle, {used} with the crowd, at most {bound}");
+}
+
+#[test]
+fn heads_that_do_not_end_are_turned_away_when_they_fill_the_memory_for_them_and_others_are_served() {
+    let patient = ["--header-timeout-ms", "120000"];
+    let balancer = Balancer::start(&patient);
+    let app = App::start(|_, stream| respond(stream, b"small"));
+    balancer.routes(&host_route("shop.example", &[("a", app.address, "up")]));
+    let head = format!("GET / HTTP/1.1\r\nHost: shop.example\r\nX-Long: {}", "x".repeat(31_000));
+    let most = balancer.status().memory.kept_bytes_max;
+    let heads: Vec<TcpStream> = (0..most / 31_000 + 100).map(|_| says(balancer.http, &head)).collect();
+    until("some are turned away", || balancer.status().counters.shed_memory >= 90);
+    let status = balancer.status();
+    assert!(status.memory.kept_bytes < most + (1 << 20), "{} of {most}", status.memory.kept_bytes);
+    assert!(status.counters.shed_memory < heads.len() as u64 / 2, "{}", status.counters.shed_memory);
+    for _ in 0..20 {
+        assert_eq!(Client::connect(balancer.http).get("shop.example", "/").body, b"small");
+    }
+    drop(heads);
+    until("nothing is kept any more", || balancer.status().memory.kept_bytes == 0);
 }

@@ -15,6 +15,12 @@ pub struct MemoryStatus {
     /// Bytes of our own that wait for peers that do not keep up, and most that may.
     pub waiting_bytes: u64,
     pub waiting_bytes_max: u64,
+    /// Bytes kept of heads that are not complete and of bodies that have nowhere to go yet, and from how many on
+    /// who keeps much is turned away.
+    #[serde(default)]
+    pub kept_bytes: u64,
+    #[serde(default)]
+    pub kept_bytes_max: u64,
     /// The most that the process may come to use.
     #[serde(default)]
     pub bound: MemoryBound,
@@ -31,7 +37,8 @@ pub struct MemoryBound {
     pub waiting_bytes: u64,
     /// Records of client connections, and of one to an upstream for each.
     pub connections_bytes: u64,
-    /// What connections may keep of heads that are not complete and of bodies that have nowhere to go yet.
+    /// What connections may keep of heads that are not complete and of bodies that have nowhere to go yet: a budget
+    /// of all, and a fair share of each.
     pub kept_bytes: u64,
     /// If every client speaks TLS; 0 without a folder of certificates.
     pub tls_bytes: u64,
@@ -86,5 +93,7 @@ impl MemoryStatus {
         self.lent_buffers_max += other.lent_buffers_max;
         self.waiting_bytes += other.waiting_bytes;
         self.waiting_bytes_max += other.waiting_bytes_max;
+        self.kept_bytes += other.kept_bytes;
+        self.kept_bytes_max += other.kept_bytes_max;
     }
 }

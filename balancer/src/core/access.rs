@@ -70,6 +70,13 @@ pub struct Access {
     pub sample: Option<u32>,
 }
 
+impl Access {
+    /// What its texts take that a client chooses.
+    pub(super) fn text_bytes(&self) -> usize {
+        self.target.len() + self.host.len() + self.method.len()
+    }
+}
+
 impl Core {
     pub(super) fn log_flow(
         &mut self,

@@ -2,7 +2,7 @@
 //!
 //! What grows is counted at twice its length, which is how a vector grows. A connection has the largest role it
 //! may have, and an upstream connection that serves it. What of it waits to be sent is not counted here: that
-//! has a budget of its own ([`super::memory`]).
+//! has a budget of its own ([`super::memory`]), as has what connections keep beyond their fair share.
 
 use super::choose::maglev_size_for;
 use super::config::Config;
@@ -10,6 +10,7 @@ use super::flow::Flow;
 use super::histogram::BUCKETS;
 use super::io::{Millis, SockId};
 use super::limits::Sources;
+use super::memory::{KEPT_FAIR_BYTES, Limits};
 use super::outbox::Outbox;
 use super::preface::Preface;
 use super::routes::{Route, hashes};
@@ -24,8 +25,6 @@ const PIECE_BYTES: usize = 24;
 const PIECES: usize = 16;
 /// Lists of the core that a socket may be on: to settle, lenders, thirsty, runnable, held.
 const LISTS: usize = 5;
-/// What a head grows by on its way upstream: forwarded addresses, a request's name.
-const FORWARDED_BYTES: usize = 4 * 1024;
 /// How often a route or an upstream is found by a name: by its id, and by what it matches.
 const NAMES: usize = 4;
 
@@ -39,15 +38,11 @@ pub fn records_bytes() -> usize {
     2 * sock + role + size_of::<Exchange>() + PIECES * PIECE_BYTES
 }
 
-/// What such a pair may keep of what it has received: an unfinished head or a body that has nowhere to go yet,
-/// the head to send upstream, the unfinished head of a response, and what the log will say.
-pub fn kept_bytes(config: &Config) -> usize {
-    let received = config.memory.buffer_bytes as usize;
-    let client = config.head_bytes_max.max(Config::AHEAD_BYTES) + received;
-    let forward = config.head_bytes_max + FORWARDED_BYTES;
-    let response = Config::RESPONSE_HEAD_BYTES_MAX + received;
-    let line = if config.access_log { config.head_bytes_max } else { 0 };
-    2 * (client + forward + response) + line
+/// What such pairs may keep of what they have received: everybody's fair share, then the budget of all, and what
+/// one batch brings before that is looked at.
+pub fn kept_bytes(config: &Config, pairs: usize) -> usize {
+    let Limits { buffers, buffer_bytes, kept_bytes_max, .. } = config.memory;
+    2 * pairs * KEPT_FAIR_BYTES + kept_bytes_max + 2 * buffers * buffer_bytes as usize
 }
 
 /// What limits by source may take.

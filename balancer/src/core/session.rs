@@ -26,6 +26,7 @@ use super::http::body::Body;
 use super::http::head::Version;
 use super::io::{ListenerId, Millis, SockId};
 use super::listen::Listen;
+use super::memory::{Budget, Kept};
 use super::outbox::Outbox;
 use super::preface::{Origin, Preface};
 use super::secure::{Secured, Tls};
@@ -46,6 +47,8 @@ pub struct Sock {
     pub out: Outbox,
     /// The socket takes nothing more; what would be sent is dropped.
     pub out_dead: bool,
+    /// Counts what it keeps; none while that is nothing.
+    pub kept: Option<Kept>,
     pub recv: Recv,
     /// The armed receive ends by itself.
     pub bounded: bool,
@@ -247,6 +250,7 @@ impl Sock {
             on_route_as: None,
             out: Outbox::default(),
             out_dead: false,
+            kept: None,
             recv: Recv::Off,
             bounded: false,
             cautious: false,
@@ -273,6 +277,37 @@ impl Sock {
             self.moved_at = now;
         }
         self.out.push(chunk);
+    }
+
+    /// Bytes of our own in which what was received waits to be used, or to be repeated or logged.
+    pub fn keeps_bytes(&self) -> usize {
+        match &self.role {
+            Role::Preface(preface) => preface.inbuf.capacity(),
+            Role::Http(http) => {
+                let forward = http.request.as_ref().map_or(0, |request| request.forward.len());
+                http.inbuf.capacity() + forward
+            }
+            Role::Tcp(tcp) => tcp.inbuf.capacity(),
+            Role::Upstream(UpstreamConn { phase: UpPhase::Exchange(exchange), .. }) => {
+                exchange.head.capacity()
+            }
+            Role::Tunnel { flow: Some(flow), .. } => flow.line.as_ref().map_or(0, |line| line.text_bytes()),
+            Role::Upstream(_) | Role::Tunnel { flow: None, .. } | Role::Check(_) => 0,
+        }
+    }
+
+    /// Counts what it keeps, and returns that.
+    pub fn count_kept(&mut self, budget: &Rc<Budget>) -> usize {
+        match (self.keeps_bytes(), &mut self.kept) {
+            (0, kept) => {
+                *kept = None;
+                0
+            }
+            (bytes, kept) => {
+                kept.get_or_insert_with(|| Kept::new(budget)).set(bytes);
+                bytes
+            }
+        }
     }
 
     /// The exchange of an upstream connection that has one.

@@ -25,6 +25,10 @@ impl Core {
     pub(super) fn settle(&mut self, id: SockId) {
         let Some(sock) = self.socks.get_mut(id) else { return };
         sock.touched = false;
+        let kept_bytes = sock.count_kept(&self.memory);
+        if self.memory.is_too_much_kept(kept_bytes) {
+            return self.shed_kept(id);
+        }
         if let Some(send) = sock.out.next_send(self.now, &self.memory) {
             self.out.push(Op::Send { sock: id, chunks: send.chunks, mode: send.mode });
         }
@@ -307,6 +311,17 @@ impl Core {
             sock.lending
         });
         self.lent_tick_at = if self.lenders.is_empty() { None } else { Some(self.next_lent_tick()) };
+    }
+
+    /// There is no memory left for what a socket keeps.
+    fn shed_kept(&mut self, id: SockId) {
+        match self.socks.get(id).map(|sock| &sock.role) {
+            Some(Role::Http(_)) => {
+                self.unhold(id);
+                self.abandon_exchange(id, Answer::NoMemory);
+            }
+            _ => self.shed(id),
+        }
     }
 
     /// There is no memory left for what a socket's peer does not take.

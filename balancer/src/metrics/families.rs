@@ -55,6 +55,14 @@ fn process(text: &mut Text, status: &Status) {
     text.sample(&[], memory.waiting_bytes);
     text.family("waiting_bytes_max", Kind::Gauge, "Most bytes that may wait in memory.");
     text.sample(&[], memory.waiting_bytes_max);
+    text.family(
+        "kept_bytes",
+        Kind::Gauge,
+        "Bytes kept of unfinished heads and of bodies with nowhere to go.",
+    );
+    text.sample(&[], memory.kept_bytes);
+    text.family("kept_bytes_max", Kind::Gauge, "Beyond so many, who keeps much is turned away.");
+    text.sample(&[], memory.kept_bytes_max);
     text.family("memory_bound_bytes", Kind::Gauge, "The most memory the process may come to use, by part.");
     for (part, bytes) in memory.bound.parts() {
         text.sample(&[("part", part)], bytes);

@@ -1,7 +1,7 @@
 //! How much memory the process may come to use, from how it is set up.
 //!
-//! It is a sum of worst cases, all at the same time: every connection there may be, each with a head and a body
-//! of the largest size that is kept for it. Who is told to live with less says `--max-connections`. Not counted
+//! It is a sum of worst cases, all at the same time: every connection there may be, each keeping what is its fair
+//! share, and all budgets used up. Who is told to live with less says `--max-connections`. Not counted
 //! are what malloc loses between pieces, the lines of the access log that wait (which are bounded in number),
 //! and processes that drain after a handover, which have a bound of the same kind each.
 
@@ -65,7 +65,7 @@ impl Setup {
             receive_buffers_bytes: bytes(threads * limits.buffers * limits.buffer_bytes as usize),
             waiting_bytes: bytes(threads * limits.spill_bytes_max),
             connections_bytes: bytes(connections * (bound::records_bytes() + 2 * SOCKET_BYTES_MAX)),
-            kept_bytes: bytes(connections * bound::kept_bytes(&self.config)),
+            kept_bytes: bytes(threads * bound::kept_bytes(&self.config, connections / threads)),
             tls_bytes: bytes(connections * tls_bytes),
             sources_bytes: bytes(threads * bound::sources_bytes()),
             table_bytes: bytes(threads * bound::table_bytes(table)),
@@ -102,6 +102,7 @@ impl Server {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::memory::KEPT_FAIR_BYTES;
 
     fn setup(connections_max: u64, threads: u32, ends_tls: bool) -> Setup {
         let config = Config { connections_max, ..Config::default() };
@@ -116,7 +117,7 @@ mod tests {
         assert_eq!((small.receive_buffers_bytes, small.tls_bytes), (64 * 4096, 0));
         let more = setup(2 * 1_000 + Config::SLACK, 1, false).bound(&table);
         assert_eq!(more.connections_bytes, 2 * small.connections_bytes);
-        assert_eq!(more.kept_bytes, 2 * small.kept_bytes);
+        assert_eq!(more.kept_bytes - small.kept_bytes, 2 * (1_000 + Config::SLACK) * KEPT_FAIR_BYTES as u64);
         assert!(setup(1_000, 1, true).bound(&table).tls_bytes > 0);
         assert_eq!(setup(1_000, 4, false).bound(&table).sources_bytes, 4 * small.sources_bytes);
         // A record is a few KiB: should a type grow out of proportion, this says so.

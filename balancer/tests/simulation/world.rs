@@ -242,6 +242,7 @@ impl World {
             self.batch();
         }
         assert_eq!(self.core.socket_count(), 0, "sockets are left open");
+        assert_eq!(self.core.memory().status().kept_bytes, 0, "nobody is left, but something counts as kept");
         assert_eq!(self.core.source_counts().1, 0, "a source still has something");
         self.check_nothing_is_left();
         drop(std::mem::take(&mut self.ready));

@@ -25,7 +25,7 @@ pub enum Answer {
     NoRoutes,
     HoldShed,
     HoldExpired,
-    /// No memory is left for what a peer does not take.
+    /// No memory is left for what a peer does not take, or for what is not complete.
     NoMemory,
     NoUpstreams,
     AllDown,
@@ -196,7 +196,7 @@ impl Answer {
             Answer::NoMemory => (
                 "503 Service Unavailable",
                 "no_memory",
-                "Too much waits for peers that do not keep up.\n",
+                "Too much waits in memory: requests that are not complete, or peers that do not keep up.\n",
                 "Retry-After: 5\r\n",
             ),
             Answer::Misdirected => (
