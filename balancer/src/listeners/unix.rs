@@ -23,6 +23,10 @@ const MODE: u32 = 0o660;
 const BACKLOG: i32 = i32::MAX;
 /// How long another process may hold the folder's lock.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a socket is looked at until somebody is said to listen: the kernel takes a killed process's ring down,
+/// and the accept that waits in it, a moment after the process itself.
+const DYING: Duration = Duration::from_millis(500);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Why nothing listens on a path.
 #[derive(Debug, thiserror::Error)]
@@ -64,8 +68,18 @@ pub fn path_of(socket: impl AsFd) -> Option<String> {
     Some(address.path()?.to_str().ok()?.to_owned())
 }
 
-/// Removes a socket that a dead process left behind, and nothing else.
+/// Removes a socket that a dead process left behind, or one that is dying leaves, and nothing else.
 fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), UnixListenError> {
+    let deadline = Instant::now() + DYING;
+    loop {
+        match remove_if_stale(path, address) {
+            Err(UnixListenError::InUse { .. }) if Instant::now() < deadline => std::thread::sleep(PAUSE),
+            done => return done,
+        }
+    }
+}
+
+fn remove_if_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), UnixListenError> {
     let failed = |error: Errno| UnixListenError::Bind { path: path.to_owned(), source: error.into() };
     let found = lstat(path).map_err(failed)?;
     if FileType::from_raw_mode(found.st_mode) != FileType::Socket {
@@ -89,7 +103,7 @@ fn lock_folder(path: &Path) -> rustix::io::Result<OwnedFd> {
     loop {
         match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
+                std::thread::sleep(PAUSE);
             }
             done => return done.map(|()| folder),
         }
@@ -130,6 +144,19 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(UnixStream::connect(&path).is_err());
         let _socket = bound(&parsed).unwrap();
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn what_a_dying_process_still_holds_for_a_moment_is_replaced() {
+        let (_dir, path, parsed) = place();
+        let dying = UnixListener::bind(&path).unwrap();
+        let end = std::thread::spawn(move || {
+            std::thread::sleep(DYING / 10);
+            drop(dying);
+        });
+        let _socket = bound(&parsed).unwrap();
+        end.join().unwrap();
         UnixStream::connect(&path).unwrap();
     }
 
