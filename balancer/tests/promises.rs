@@ -189,10 +189,10 @@ fn a_send_that_does_not_wait_ends_at_once_and_one_that_waits_ends_when_there_is_
         let (mut client, sock) = rig.connection();
         // Until the socket's buffer is full.
         while {
-            rig.apply([Op::Send { sock, chunks: chunks(16), mode: SendMode::Try }]);
+            rig.apply([Op::Send { sock, chunks: chunks(16), mode: SendMode::Try, last: false }]);
             rig.until("its end", sent(sock)).expect("a peer that is there") > 0
         } {}
-        rig.apply([Op::Send { sock, chunks: chunks(1), mode: SendMode::WaitSome }]);
+        rig.apply([Op::Send { sock, chunks: chunks(1), mode: SendMode::WaitSome, last: false }]);
         for _ in 0..3 {
             rig.wake();
         }
@@ -209,12 +209,31 @@ fn a_send_that_does_not_wait_ends_at_once_and_one_that_waits_ends_when_there_is_
 }
 
 #[test]
+fn the_last_bytes_travel_with_the_end() {
+    by_each_door(|mut rig| {
+        let (mut client, sock) = rig.connection();
+        let chunks: Chunks = std::iter::once(Chunk::owned(b"goodbye".to_vec())).collect();
+        rig.apply([Op::Send { sock, chunks, mode: SendMode::Try, last: true }]);
+        assert_eq!(rig.until("its end", sent(sock)), Ok(b"goodbye".len()));
+        client.set_nonblocking(true).expect("a socket");
+        let early = client.peek(&mut [0; 16]).expect_err("they wait for the end");
+        assert_eq!(early.kind(), std::io::ErrorKind::WouldBlock, "{}", rig.io);
+        client.set_nonblocking(false).expect("a socket");
+        rig.apply([Op::ShutdownWrite { sock }]);
+        rig.wake();
+        let mut heard = String::new();
+        client.read_to_string(&mut heard).expect("the end");
+        assert_eq!(heard, "goodbye", "{}", rig.io);
+    });
+}
+
+#[test]
 fn a_waiting_send_can_be_stopped() {
     by_each_door(|mut rig| {
         let (client, sock) = rig.connection();
-        rig.apply([Op::Send { sock, chunks: chunks(64), mode: SendMode::Try }]);
+        rig.apply([Op::Send { sock, chunks: chunks(64), mode: SendMode::Try, last: false }]);
         rig.until("its end", sent(sock)).expect("a peer that is there");
-        rig.apply([Op::Send { sock, chunks: chunks(1024), mode: SendMode::WaitAll }]);
+        rig.apply([Op::Send { sock, chunks: chunks(1024), mode: SendMode::WaitAll, last: false }]);
         rig.wake();
         rig.apply([Op::StopSend { sock }]);
         let taken = rig.until("its end", sent(sock)).expect("a peer that is there");

@@ -305,7 +305,7 @@ impl Door<'_> {
                     self.tell(Completion::RecvEnded { sock, why: RecvEnd::Ended });
                 }
             }
-            Op::Send { sock, chunks, mode } => {
+            Op::Send { sock, chunks, mode, .. } => {
                 let state = self.sock(sock);
                 let clear = state.send.is_none() && !state.handshake && !state.connecting;
                 assert!(clear && !state.goodbye && !state.fin, "a send too many");

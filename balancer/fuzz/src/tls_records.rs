@@ -256,7 +256,7 @@ impl Above {
         } else if speaks && self.outcome.secured && !self.is_sending && self.outcome.end.is_none() {
             self.is_sending = true;
             let chunks = [Chunk::owned(vec![7; 20_000])].into();
-            self.ops.push(Op::Send { sock: SOCK, chunks, mode: SendMode::WaitAll });
+            self.ops.push(Op::Send { sock: SOCK, chunks, mode: SendMode::WaitAll, last: false });
         }
     }
 

@@ -107,8 +107,9 @@ pub enum Op {
     Recv { sock: SockId, mode: RecvMode },
     /// End receiving. What was received before it takes effect still arrives.
     StopRecv { sock: SockId },
-    /// Send; at most one is under way for a socket.
-    Send { sock: SockId, chunks: Chunks, mode: SendMode },
+    /// Send; at most one is under way for a socket. After the `last`, FIN follows as soon as it was taken, so
+    /// that a door may let the two travel together.
+    Send { sock: SockId, chunks: Chunks, mode: SendMode, last: bool },
     /// End a send that waits; it answers with what was taken. One that has just ended is no fault.
     StopSend { sock: SockId },
     /// Speak TLS on an accepted socket, as the server, beginning with what has been read of it. Nothing may

@@ -76,6 +76,8 @@ enum SendState {
 pub struct Send {
     pub chunks: Chunks,
     pub mode: SendMode,
+    /// It is all that is queued.
+    pub whole: bool,
 }
 
 impl Outbox {
@@ -184,7 +186,7 @@ impl Busy {
     fn try_send(&mut self) -> Send {
         let chunks = self.next_chunks();
         self.state = SendState::Trying(chunks.iter().map(|chunk| chunk.len()).sum());
-        Send { chunks, mode: SendMode::Try }
+        Send { mode: SendMode::Try, whole: chunks.len() == self.queue.len(), chunks }
     }
 
     fn wait_send(&mut self, now: Millis) -> Send {
@@ -193,7 +195,8 @@ impl Busy {
         // What is lent is sent off whole, or stopped; of what is ours every byte taken shows that the peer
         // is alive.
         let lent = chunks.iter().any(Chunk::is_shared);
-        Send { chunks, mode: if lent { SendMode::WaitAll } else { SendMode::WaitSome } }
+        let mode = if lent { SendMode::WaitAll } else { SendMode::WaitSome };
+        Send { mode, whole: chunks.len() == self.queue.len(), chunks }
     }
 
     fn next_chunks(&self) -> Chunks {

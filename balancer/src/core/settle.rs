@@ -30,7 +30,11 @@ impl Core {
             return self.shed_kept(id);
         }
         if let Some(send) = sock.out.next_send(self.now, &self.memory) {
-            self.out.push(Op::Send { sock: id, chunks: send.chunks, mode: send.mode });
+            // Not before a plain close: were something unread by then, it would be a reset, and what the kernel
+            // had held back would never be sent.
+            let fin_follows = matches!(sock.finish, Finish::Fin | Finish::Linger { .. });
+            let last = send.whole && fin_follows && sock.tls == Tls::Off;
+            self.out.push(Op::Send { sock: id, chunks: send.chunks, mode: send.mode, last });
         }
         let (lending, spilling) = (sock.out.is_lending(), sock.out.is_spilling());
         if lending && !std::mem::replace(&mut sock.lending, true) {

@@ -146,9 +146,9 @@ impl Epoll {
                     self.ready.push(Completion::RecvEnded { sock, why: RecvEnd::Ended });
                 }
             }
-            Op::Send { sock, chunks, mode } => {
+            Op::Send { sock, chunks, mode, last } => {
                 let Some(slot) = find(&mut self.slots, sock) else { return Ok(()) };
-                match slot.send(chunks, mode) {
+                match slot.send(chunks, mode, last) {
                     Some(over) => self.ready.push(over),
                     None => watch(&self.epoll, slot, Interest::ReadingAndWriting),
                 }
@@ -289,7 +289,7 @@ impl Epoll {
             });
         }
         if let Some(chunks) = slot.waiting_send.take()
-            && let Some(over) = slot.send(chunks, SendMode::WaitSome)
+            && let Some(over) = slot.send(chunks, SendMode::WaitSome, false)
         {
             out.push(over);
             watch(&self.epoll, slot, Interest::Reading);

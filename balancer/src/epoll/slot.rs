@@ -115,9 +115,9 @@ impl Slot {
     }
 
     /// Sends what fits. One that waits, and finds no room, is kept for later.
-    pub fn send(&mut self, chunks: Chunks, mode: SendMode) -> Option<Completion> {
+    pub fn send(&mut self, chunks: Chunks, mode: SendMode, last: bool) -> Option<Completion> {
         let sock = self.sock;
-        match send_now(&self.socket, &chunks) {
+        match send_now(&self.socket, &chunks, last) {
             Ok(bytes) => Some(Completion::Sent { sock, bytes }),
             Err(SysErrno::AGAIN) if mode != SendMode::Try => {
                 self.waiting_send = Some(chunks);
@@ -144,8 +144,9 @@ fn recv_some(socket: &OwnedFd, buffer: &mut Vec<u8>, room: usize) -> rustix::io:
     received.map(|_| count)
 }
 
-fn send_now(socket: &OwnedFd, chunks: &[Chunk]) -> rustix::io::Result<usize> {
-    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+fn send_now(socket: &OwnedFd, chunks: &[Chunk], last: bool) -> rustix::io::Result<usize> {
+    let mut flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    flags.set(SendFlags::MORE, last);
     retry_on_intr(|| match chunks {
         [only] => send(socket, only, flags),
         several => {

@@ -147,7 +147,7 @@ impl Ring {
             Op::Connect { sock, address } => self.connect(sock, &address),
             Op::Recv { sock, mode } => self.recv(sock, mode),
             Op::StopRecv { sock } => self.cancel(Token::Recv(sock)),
-            Op::Send { sock, chunks, mode } => self.send(sock, chunks, mode),
+            Op::Send { sock, chunks, mode, last } => self.send(sock, chunks, mode, last),
             Op::StopSend { sock } => self.stop_send(sock),
             Op::ShutdownWrite { sock } => {
                 if let Some(fd) = self.fd(sock) {
@@ -219,9 +219,10 @@ impl Ring {
         self.push(entry, Token::Recv(sock))
     }
 
-    fn send(&mut self, sock: SockId, chunks: Chunks, mode: SendMode) -> io::Result<()> {
+    fn send(&mut self, sock: SockId, chunks: Chunks, mode: SendMode, last: bool) -> io::Result<()> {
         let Some(fd) = self.fd(sock) else { return Ok(()) };
         let flags = libc::MSG_NOSIGNAL
+            | if last { libc::MSG_MORE } else { 0 }
             | match mode {
                 SendMode::Try => libc::MSG_DONTWAIT,
                 SendMode::WaitSome => 0,

@@ -168,7 +168,7 @@ impl Conn {
         if !self.out.is_empty() && (self.send.is_some() || self.out.ahead_bytes() == 0) {
             let mode = self.send.as_ref().map_or(SendMode::WaitAll, |send| send.mode);
             self.flying = true;
-            fx.down.push(Op::Send { sock: self.sock, chunks: self.out.chunks(), mode });
+            fx.down.push(Op::Send { sock: self.sock, chunks: self.out.chunks(), mode, last: false });
         } else if self.goodbye == Goodbye::Saying {
             self.goodbye = Goodbye::Said;
             fx.up.push(Completion::TlsEnded { sock: self.sock });
@@ -411,6 +411,7 @@ impl Conn {
                 sock: self.sock,
                 chunks: smallvec![Chunk::owned(goodbye)],
                 mode: SendMode::Try,
+                last: false,
             });
         }
     }

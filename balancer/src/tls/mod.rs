@@ -92,7 +92,7 @@ impl<D: Door> TlsDoor<D> {
             Op::StartTls { sock, http, said } => self.start(sock, http, &said),
             Op::Recv { sock, mode } if self.has(sock) => self.on_op(sock, |conn, _| conn.recv(mode)),
             Op::StopRecv { sock } if self.has(sock) => self.on_op(sock, Conn::stop_recv),
-            Op::Send { sock, chunks, mode } if self.has(sock) => {
+            Op::Send { sock, chunks, mode, .. } if self.has(sock) => {
                 self.on_op(sock, |conn, fx| conn.send(&chunks, mode, fx));
             }
             Op::StopSend { sock } if self.has(sock) => self.on_op(sock, Conn::stop_send),

@@ -55,6 +55,8 @@ pub struct DoorSock {
     waits_since: u64,
     /// A send that does not wait, whose completion comes with the next batch.
     pub trying: bool,
+    /// The bytes of the last send, when FIN is to follow as soon as they are taken.
+    last_bytes: Option<usize>,
     pub tls: DoorTls,
 }
 
@@ -382,8 +384,15 @@ impl World {
             groups.push(group);
         }
         self.rng.shuffle(&mut groups);
+        let mut fin_due = Vec::new();
         for completion in groups.into_iter().flatten() {
             self.trace(&completion);
+            if let Completion::Sent { sock: id, bytes } = completion
+                && let Some(sock) = self.socks.get_mut(&id)
+                && sock.last_bytes.take() == Some(bytes)
+            {
+                fin_due.push(id);
+            }
             self.core.handle(self.now, completion);
         }
         self.core.finish_batch(self.now);
@@ -392,6 +401,10 @@ impl World {
         for op in ops {
             self.trace(&op);
             self.apply(op);
+        }
+        // Until then the kernel may keep the last bytes back.
+        for sock in fin_due.iter().filter_map(|id| self.socks.get(id)) {
+            assert!(self.conns[sock.conn].0.to_far_fin, "no FIN after the last send");
         }
         if self.core.is_finished() {
             self.succeed();
@@ -550,7 +563,7 @@ impl World {
                 let sock = self.socks.get_mut(&sock).expect("stopping an open socket");
                 sock.stopping = sock.recv.is_some();
             }
-            Op::Send { sock, chunks, mode } => self.send(sock, chunks, mode),
+            Op::Send { sock, chunks, mode, last } => self.send(sock, chunks, mode, last),
             Op::StopSend { sock } => {
                 let sock = self.socks.get_mut(&sock).expect("stopping a send of an open socket");
                 sock.send_stopping = sock.waiting_send.is_some();
@@ -607,12 +620,13 @@ impl World {
         });
     }
 
-    fn send(&mut self, id: SockId, chunks: Chunks, mode: SendMode) {
+    fn send(&mut self, id: SockId, chunks: Chunks, mode: SendMode, last: bool) {
         let sock = self.socks.get_mut(&id).expect("sending on an open socket");
         assert!(sock.waiting_send.is_none() && !sock.trying, "two sends at a time");
         assert!(matches!(sock.tls, DoorTls::Off | DoorTls::On), "a send in state {:?}", sock.tls);
         let conn = &mut self.conns[sock.conn].0;
         assert!(!conn.to_far_fin, "a send after FIN");
+        sock.last_bytes = last.then(|| chunks.iter().map(|chunk| chunk.len()).sum());
         if mode != SendMode::Try {
             (sock.waiting_send, sock.taken, sock.waits_since) = (Some((chunks, mode)), 0, self.now);
             return;

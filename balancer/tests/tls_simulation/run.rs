@@ -289,7 +289,7 @@ impl Run {
             at += size;
         }
         self.sending = Some((offered, mode));
-        self.ops.push(Op::Send { sock, chunks, mode });
+        self.ops.push(Op::Send { sock, chunks, mode, last: false });
     }
 
     fn close(&mut self, reset: bool) {
