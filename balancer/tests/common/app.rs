@@ -1,5 +1,6 @@
 //! Little apps: an HTTP server whose answers a closure writes, one thread per connection.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -34,7 +35,8 @@ pub struct App {
     pub address: SocketAddr,
     pub requests: Arc<AtomicU64>,
     pub connections: Arc<AtomicU64>,
-    open: Arc<Mutex<Vec<TcpStream>>>,
+    /// By their numbers; one that is served no longer is not kept open either.
+    open: Arc<Mutex<BTreeMap<u64, TcpStream>>>,
     stopping: Arc<AtomicBool>,
 }
 
@@ -65,10 +67,14 @@ impl App {
                 }
                 let Ok(stream) = stream else { continue };
                 let _ = stream.set_nodelay(true);
-                connections.fetch_add(1, Ordering::SeqCst);
-                open.lock().expect("unpoisoned").extend(stream.try_clone());
-                let (answer, requests) = (answer.clone(), requests.clone());
-                std::thread::spawn(move || serve(stream, &*answer, &requests));
+                let number = connections.fetch_add(1, Ordering::SeqCst);
+                let twin = stream.try_clone().map(|twin| (number, twin));
+                open.lock().expect("unpoisoned").extend(twin);
+                let (answer, requests, open) = (answer.clone(), requests.clone(), open.clone());
+                std::thread::spawn(move || {
+                    serve(stream, &*answer, &requests);
+                    open.lock().expect("unpoisoned").remove(&number);
+                });
             }
         });
         app
@@ -97,7 +103,7 @@ impl App {
 
     /// Closes every connection it has, as a crash would.
     pub fn hang_up(&self) {
-        for stream in self.open.lock().expect("unpoisoned").drain(..) {
+        for stream in std::mem::take(&mut *self.open.lock().expect("unpoisoned")).into_values() {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
     }
