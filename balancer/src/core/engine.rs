@@ -46,6 +46,8 @@ pub struct Core {
     pub(super) timers: Timers,
     pub(super) touched: Vec<SockId>,
     pub(super) memory: Rc<Budget>,
+    /// Much of it is in use.
+    pub(super) pressed: bool,
     /// Sockets to which shared buffers are, or were a moment ago, lent.
     pub(super) lenders: Vec<SockId>,
     pub(super) lent_tick_at: Option<Millis>,
@@ -143,7 +145,10 @@ impl Core {
             } else if let Some(sock) = self.touched.pop() {
                 self.settle(sock);
             } else {
-                break;
+                self.throttle();
+                if self.touched.is_empty() {
+                    break;
+                }
             }
         }
         self.lent_tick();

@@ -110,6 +110,8 @@ impl Core {
         let Some(sock) = self.socks.get_mut(id) else { return };
         match (wanted, sock.recv) {
             (Wanted::Take(mode), Recv::Off) => {
+                // Also for a moment within a batch.
+                self.pressed &= self.memory.is_pressed();
                 sock.recv = Recv::Armed;
                 sock.bounded = mode != RecvMode::Many;
                 sock.cautious =
@@ -118,6 +120,11 @@ impl Core {
                 // It could not send while we did not take: its time begins now.
                 sock.moved_at = now;
                 self.out.push(Op::Recv { sock: id, mode });
+            }
+            // What may bring much is called back when memory runs short, and armed anew for little.
+            (Wanted::Take(RecvMode::Once { .. }), Recv::Armed) if !sock.bounded && self.pressed => {
+                sock.recv = Recv::Stopping;
+                self.out.push(Op::StopRecv { sock: id });
             }
             // A bounded one ends by itself, and cannot bring much.
             (Wanted::Pause, Recv::Armed) if sock.bounded => {}
@@ -194,6 +201,21 @@ impl Core {
             () if bulk => RecvMode::Once { limit_bytes: self.bulk_bytes() },
             () => RecvMode::Many,
         })
+    }
+
+    /// Much waits in memory, as of now: whoever is armed to receive without bound is looked at. Each of them could
+    /// bring as much as a burst may before it is asked, and together more than there is.
+    pub(super) fn throttle(&mut self) {
+        let pressed = self.memory.is_pressed();
+        if pressed && !std::mem::replace(&mut self.pressed, pressed) {
+            let unbounded = self
+                .socks
+                .iter()
+                .filter(|(_, sock)| sock.recv == Recv::Armed && !sock.bounded && sock.peer.is_some());
+            let unbounded: Vec<SockId> = unbounded.map(|(id, _)| id).collect();
+            unbounded.into_iter().for_each(|id| self.touch(id));
+        }
+        self.pressed = pressed;
     }
 
     /// A share of the buffers that are left to lend, within bounds: few flows are cheapest in large strokes, and

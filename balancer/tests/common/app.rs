@@ -119,18 +119,17 @@ impl Drop for App {
 }
 
 fn serve(stream: TcpStream, answer: &dyn Fn(&Request, &mut TcpStream) -> bool, requests: &AtomicU64) {
-    let Ok(mut writer) = stream.try_clone() else { return };
     let mut reader = BufReader::new(stream);
-    while let Some(request) = read_request(&mut reader, &mut writer) {
+    while let Some(request) = read_request(&mut reader) {
         requests.fetch_add(1, Ordering::SeqCst);
-        if !answer(&request, &mut writer) {
+        if !answer(&request, reader.get_mut()) {
             break;
         }
     }
-    let _ = writer.shutdown(std::net::Shutdown::Both);
+    let _ = reader.get_mut().shutdown(std::net::Shutdown::Both);
 }
 
-fn read_request(reader: &mut BufReader<TcpStream>, writer: &mut TcpStream) -> Option<Request> {
+fn read_request(reader: &mut BufReader<TcpStream>) -> Option<Request> {
     let mut request = Request { line: line(reader)?, fields: Vec::new(), body: Vec::new() };
     loop {
         let text = line(reader)?;
@@ -141,7 +140,7 @@ fn read_request(reader: &mut BufReader<TcpStream>, writer: &mut TcpStream) -> Op
         request.fields.push((name.to_owned(), value.trim().to_owned()));
     }
     if request.field("expect").is_some() {
-        writer.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").ok()?;
+        reader.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n").ok()?;
     }
     if request.field("transfer-encoding").is_some() {
         loop {

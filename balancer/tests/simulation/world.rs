@@ -409,6 +409,16 @@ impl World {
         if self.core.is_finished() {
             self.succeed();
         }
+        // What may bring much is called back as soon as much waits.
+        let is_stream = |sock: &DoorSock| matches!(self.conns[sock.conn].1, Far::StreamApp { .. });
+        let unbounded =
+            |sock: &&DoorSock| sock.recv == Some(RecvMode::Many) && !sock.stopping && is_stream(sock);
+        let pressed = self.core.memory().is_pressed();
+        assert!(
+            !pressed || self.socks.values().find(unbounded).is_none(),
+            "{} still bring all they can",
+            self.now
+        );
         let scarce = self.core.memory().is_lending_scarce();
         self.scarce_since = scarce.then(|| self.scarce_since.unwrap_or(self.now));
         self.check_lent_buffers();
