@@ -3,6 +3,7 @@
 //! Only with `EPAGENT_TEST_VM` and packages in `target/deb` (or `EPAGENT_DEBS`): `make test VM=short` runs those on
 //! trixie, `make vm-test [T=name]` all.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -61,6 +62,7 @@ fn machine(release: Release) -> Vm {
         payload.file(&deb, DEBS);
     }
     payload.text("/root/load.py", LOAD);
+    payload.text("/root/autopkgtest", include_str!("../../debian/tests/deploy"));
     let vm = Vm::with(release, Options { payload, ..Options::default() });
     println!("{}: {} forked={} in {:?}", vm.name, release.name(), vm.forked, vm.took);
     vm
@@ -158,6 +160,13 @@ fn installed_it_serves_again_after_a_reboot_and_leaves_nothing(release: Release)
     assert_eq!(visit(&vm), 3);
     all_is_well(&vm);
 
+    // What the agent says of an app is found by the app's name, and what the administrator drops in is taken.
+    vm.succeed("journalctl -q -n 1 -o cat EPAGENT_APP=hello | grep -q .");
+    vm.succeed("printf '[epagentd.limits]\\nreleases_kept = 7\\n' > /etc/epagent/conf.d/50-site.toml");
+    vm.succeed(
+        "epagent debug config | grep 'limits.releases_kept' | grep '/etc/epagent/conf.d/50-site.toml:2'",
+    );
+
     // Nothing but the holder is the instances' life.
     let running = pids(&vm);
     assert_eq!(running.split(' ').count(), 3, "{running:?}");
@@ -178,8 +187,8 @@ fn installed_it_serves_again_after_a_reboot_and_leaves_nothing(release: Release)
     assert_eq!(pids(&vm), running, "an instance did not survive");
     all_is_well(&vm);
 
-    let purge = "DEBIAN_FRONTEND=noninteractive EPAGENT_PURGE_POOL=yes apt-get purge -y -q epagent epagent-cli epagent-doc";
-    vm.run_within(purge, Duration::from_secs(90)).ok();
+    vm.succeed("rm /etc/epagent/conf.d/50-site.toml");
+    remove(&vm, "purge");
     let left = vm.succeed(
         "find /sys/fs/cgroup -name '*epagent*'; ip -o link | grep 'ep[0-9]' || true; \
          nft list tables | grep epagent || true; grep epagent /proc/mounts || true; losetup -a; pgrep -a epagent || true; \
@@ -189,6 +198,101 @@ fn installed_it_serves_again_after_a_reboot_and_leaves_nothing(release: Release)
     assert_eq!(left, "", "left behind");
     assert_eq!(vm.succeed("ls /etc /etc/systemd/system /usr/lib /var/lib /run"), before);
     assert_eq!(vm.succeed("systemctl --failed --no-legend"), "");
+}
+
+/// From a bare Debian to a served app.
+const README_TIME: Duration = Duration::from_secs(120);
+
+#[test]
+fn the_read_me_alone_leads_to_a_served_app() {
+    if !wanted(Extent::Whole) {
+        return;
+    }
+    let readme = include_str!("../../README.md");
+    let installed = readme.split_once("\n## Installed\n").expect("the section").1;
+    let block = installed.split("```").nth(1).expect("commands").strip_prefix("sh\n").expect("of a shell");
+    for release in Release::ALL {
+        let vm = machine(release);
+        // Nobody is there to say yes, and no network to recommend from.
+        vm.succeed(
+            "printf 'APT::Get::Assume-Yes \"true\";\\nAPT::Install-Recommends \"false\";\\n' > /etc/apt/apt.conf.d/90alone",
+        );
+        let mut took = Duration::ZERO;
+        for command in block.lines() {
+            let script = format!("cd {DEBS}; export DEBIAN_FRONTEND=noninteractive; {command}");
+            let ran = vm.run_within(&script, README_TIME);
+            took += ran.took;
+            println!("{}: {:5.1?} {command}", release.name(), ran.took);
+            ran.ok();
+        }
+        assert!(vm.succeed(FETCH).starts_with("Hello from epagent"));
+        println!("{}: {} commands, {took:.1?}", release.name(), block.lines().count());
+        assert!(block.lines().count() <= 3 && took < README_TIME, "{took:?}");
+    }
+}
+
+#[test]
+fn what_was_purged_leaves_the_machine_as_it_was_on_trixie() {
+    if wanted(Extent::Whole) {
+        what_was_purged_leaves_the_machine_as_it_was(Release::Trixie);
+    }
+}
+
+#[test]
+fn what_was_purged_leaves_the_machine_as_it_was_on_bookworm() {
+    if wanted(Extent::Whole) {
+        what_was_purged_leaves_the_machine_as_it_was(Release::Bookworm);
+    }
+}
+
+/// What piuparts does, and between two purges the packages' own test (autopkgtest).
+fn what_was_purged_leaves_the_machine_as_it_was(release: Release) {
+    let vm = machine(release);
+    let before = files(&vm);
+    install(&vm, DEBS);
+    remove(&vm, "purge");
+    assert_eq!(changes(&before, &files(&vm)), Vec::<String>::new(), "installed and purged");
+
+    install(&vm, DEBS);
+    vm.run_within("sh /root/autopkgtest", Duration::from_secs(120)).ok();
+    remove(&vm, "remove");
+    assert_eq!(
+        vm.succeed("pgrep -a epagent || true; ls /etc/epagent/runner.toml"),
+        "/etc/epagent/runner.toml\n"
+    );
+    // Removed and installed again, it goes on where it was.
+    install(&vm, DEBS);
+    vm.wait_until_succeeds("epagent status", Duration::from_secs(30));
+    remove(&vm, "purge");
+    assert_eq!(
+        changes(&before, &files(&vm)),
+        Vec::<String>::new(),
+        "installed, used, removed, installed, purged"
+    );
+    nothing_failed(&vm);
+}
+
+#[track_caller]
+fn remove(vm: &Vm, how: &str) {
+    let command = format!(
+        "DEBIAN_FRONTEND=noninteractive EPAGENT_PURGE_POOL=yes apt-get {how} -y -q epagent epagent-cli epagent-doc"
+    );
+    vm.run_within(&command, Duration::from_secs(90)).ok();
+}
+
+/// Every file of the root's file system with its kind, mode and owner, but for what changes by itself. The accounts
+/// of a package stay, as Debian's policy has it, and so do the copies that account tools keep of their files.
+#[track_caller]
+fn files(vm: &Vm) -> BTreeSet<String> {
+    let list = "find / -xdev \\( -path /root -o -path /tmp -o -path /var/tmp -o -path /var/log -o -path /var/cache \
+                -o -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/lib/systemd \\) -prune -o \
+                -printf '%y %m %u:%g %p\\n' | grep -vE ' /etc/([.]pwd[.]lock|(passwd|group|shadow|gshadow|subuid|subgid)-?)$'";
+    vm.succeed(list).lines().map(str::to_owned).collect()
+}
+
+fn changes(before: &BTreeSet<String>, after: &BTreeSet<String>) -> Vec<String> {
+    let new = after.difference(before).map(|line| format!("+ {line}"));
+    before.difference(after).map(|line| format!("- {line}")).chain(new).collect()
 }
 
 #[test]

@@ -17,6 +17,8 @@ const NOT_HERE: [(&str, &str); 3] = [
     ("isolation::start::a_helper_by_descriptor", "it needs a C compiler, and a host of epagent has none"),
     ("isolation::start::a_job_ends_at_its_deadline", "its 150 ms are over before an emulated start is"),
 ];
+/// Of the end-to-end suites, those in which the machine decides: its cgroups, its systemd, its kernel.
+const AGENT_SUITES: [&str; 4] = ["tests::inside", "tests::own_trouble", "tests::redeploy", "tests::unix"];
 /// What the manifest of examples/hello asks for.
 const HELLO_MEMORY_BYTES: &str = "134217728";
 const HELLO_PIDS: &str = "64";
@@ -86,22 +88,30 @@ fn fetch(vm: &Vm, host: &str) -> String {
 }
 
 #[test]
-fn machine_is_a_stock_debian_on_pure_cgroup_v2() {
-    if !wanted(Extent::Short) {
-        return;
+fn machine_is_a_stock_debian_on_pure_cgroup_v2_on_trixie() {
+    if wanted(Extent::Short) {
+        machine_is_a_stock_debian_on_pure_cgroup_v2(Release::Trixie);
     }
-    for release in Release::ALL {
-        let vm = Vm::start(release);
-        assert_eq!(vm.succeed("stat -fc %T /sys/fs/cgroup").trim(), "cgroup2fs");
-        assert_eq!(vm.succeed("ps -o comm= 1").trim(), "systemd");
-        vm.wait_for_unit("systemd-journald");
-        assert_eq!(vm.succeed("systemctl --failed --no-legend"), "");
-        let kernel = vm.succeed("uname -r");
-        let (name, accel) = (release.name(), vm.accel.name());
-        println!("{name}: Linux {}, {accel}, forked={} in {:?}", kernel.trim(), vm.forked, vm.took);
-        assert_eq!(vm.fail("echo said; exit 3").code, Some(3));
-        assert_eq!(vm.wait_until_succeeds("echo there", Duration::from_secs(1)), "there\n");
+}
+
+#[test]
+fn machine_is_a_stock_debian_on_pure_cgroup_v2_on_bookworm() {
+    if wanted(Extent::Whole) {
+        machine_is_a_stock_debian_on_pure_cgroup_v2(Release::Bookworm);
     }
+}
+
+fn machine_is_a_stock_debian_on_pure_cgroup_v2(release: Release) {
+    let vm = Vm::start(release);
+    assert_eq!(vm.succeed("stat -fc %T /sys/fs/cgroup").trim(), "cgroup2fs");
+    assert_eq!(vm.succeed("ps -o comm= 1").trim(), "systemd");
+    vm.wait_for_unit("systemd-journald");
+    assert_eq!(vm.succeed("systemctl --failed --no-legend"), "");
+    let kernel = vm.succeed("uname -r");
+    let (name, accel) = (release.name(), vm.accel.name());
+    println!("{name}: Linux {}, {accel}, forked={} in {:?}", kernel.trim(), vm.forked, vm.took);
+    assert_eq!(vm.fail("echo said; exit 3").code, Some(3));
+    assert_eq!(vm.wait_until_succeeds("echo there", Duration::from_secs(1)), "there\n");
 }
 
 #[test]
@@ -305,22 +315,37 @@ fn three_machines_reach_each_other_until_they_are_parted() {
 #[test]
 fn isolation_and_storage_keep_their_promises_on_trixie() {
     if wanted(Extent::Whole) && listed() {
-        suites_pass(Release::Trixie);
+        suites_pass(Release::Trixie, &["isolation", "storage"], &[]);
     }
 }
 
 #[test]
 fn isolation_and_storage_keep_their_promises_on_bookworm() {
     if wanted(Extent::Whole) && listed() {
-        suites_pass(Release::Bookworm);
+        suites_pass(Release::Bookworm, &["isolation", "storage"], &[]);
     }
 }
 
-/// Runs the behaviour tests of the two crates that touch the kernel inside, and says what ran and what did not.
-/// `EPAGENT_VM_BINARY` and `EPAGENT_VM_TEST` choose among them by parts of their names.
-fn suites_pass(release: Release) {
-    let (binaries, programs) = suite::built(&["isolation", "storage"]);
-    assert!(!binaries.is_empty(), "no test binaries of isolation and storage");
+#[test]
+fn apps_deploys_and_kills_keep_their_promises_on_trixie() {
+    if wanted(Extent::Whole) && listed() {
+        suites_pass(Release::Trixie, &["tests"], &AGENT_SUITES);
+    }
+}
+
+#[test]
+fn apps_deploys_and_kills_keep_their_promises_on_bookworm() {
+    if wanted(Extent::Whole) && listed() {
+        suites_pass(Release::Bookworm, &["tests"], &AGENT_SUITES);
+    }
+}
+
+/// Runs the behaviour tests of some crates inside, and says what ran and what did not. Of their binaries those that
+/// `named` names, or all. `EPAGENT_VM_BINARY` and `EPAGENT_VM_TEST` choose among them by parts of their names.
+fn suites_pass(release: Release, crates: &[&str], named: &[&str]) {
+    let (mut binaries, programs) = suite::built(crates);
+    binaries.retain(|one| named.is_empty() || named.contains(&one.name.as_str()));
+    assert!(!binaries.is_empty(), "no test binaries of {crates:?}");
     let chosen = |name: &str| std::env::var(name).unwrap_or_default();
     let (binary, test) = (chosen("EPAGENT_VM_BINARY"), chosen("EPAGENT_VM_TEST"));
     let binaries: Vec<_> = binaries.into_iter().filter(|one| one.name.contains(&binary)).collect();
