@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use crate::cgroup::CgroupRoot;
+use crate::cgroup::{CgroupRoot, Disk};
 use crate::error::Error;
 use crate::handover::{DOCUMENT_BYTES_MAX, Handover, sealed};
 use crate::spec::{JailSpec, Program, RootSpec, SpecError};
@@ -38,6 +38,8 @@ pub struct JailExecutable {
 pub struct LaunchConfig<'a> {
     pub executable: &'a JailExecutable,
     pub cgroups: &'a CgroupRoot,
+    /// Those on which the instance's traffic is limited: whatever its root and mounts lie on.
+    pub disks: &'a [Disk],
     /// The control socket to make (mode 0600). At most 107 bytes; a leftover of the same name is replaced.
     pub control_socket: PathBuf,
 }
@@ -76,7 +78,7 @@ pub struct Launched {
 pub fn launch(config: &LaunchConfig<'_>, spec: &JailSpec, fds: &LaunchFds<'_>) -> Result<Launched, Error> {
     spec.check()?;
     check_descriptors(spec, fds)?;
-    config.cgroups.create(&spec.id, &spec.limits)?;
+    config.cgroups.create(&spec.id, &spec.limits, config.disks)?;
     let control = listen(&config.control_socket)?;
     let mut handed = Handed::default();
     let control = handed.add(control.as_fd())?;

@@ -168,7 +168,7 @@ pub struct User {
     pub gid: u32,
 }
 
-/// Every limit has a default; none can be absent.
+/// Every limit has a default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
@@ -178,6 +178,9 @@ pub struct Limits {
     pub cpu_percent: u32,
     /// Processes and threads, our init included.
     pub pids: u32,
+    /// Bytes per second read from each of [`crate::launch::LaunchConfig::disks`], and as many written. `None`: as much
+    /// as they give.
+    pub io_bytes_per_s: Option<u64>,
     /// Open files per process. Cut to the hard limit the caller itself has.
     pub open_files: u64,
     /// Largest core file.
@@ -196,6 +199,7 @@ impl Default for Limits {
             memory_bytes: 256 << 20,
             cpu_percent: 100,
             pids: 128,
+            io_bytes_per_s: Some(100 << 20),
             open_files: 8192,
             core_bytes: 0,
             file_bytes: 16 << 30,

@@ -109,6 +109,7 @@ fn killed_at_any_step_of_a_start_leaves_nothing_after_a_sweep() {
         let config = LaunchConfig {
             executable: &node.executable,
             cgroups: &node.cgroups,
+            disks: &[],
             control_socket: node.socket("steps"),
         };
         let mounts = vec![std::os::fd::AsFd::as_fd(&node.usr)];

@@ -2,11 +2,16 @@
 
 mod support;
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use epagent_isolation::cgroup::DiskLimits;
+use epagent_isolation::launch::LaunchFds;
 use epagent_isolation::monitor::protocol::State;
 use epagent_isolation::monitor::record::ExitReason;
-use support::{Node, eventually};
+use support::loop_disk::LoopDisk;
+use support::{Jail, Node, eventually};
 
 #[test]
 fn a_memory_hog_dies_alone_and_the_verdict_says_why() {
@@ -70,6 +75,46 @@ fn cpu_is_a_share_and_not_more() {
     let share = (cpu_us() - before) as f64 / begun.elapsed().as_micros() as f64;
     assert!(share < 0.35, "{share} of a CPU instead of 0.2");
     jail.client.kill().unwrap();
+}
+
+/// Starts `script` with the disk on `/data`.
+fn on_disk(node: &Node, disk: &LoopDisk, id: &str, script: &str, io_bytes_per_s: Option<u64>) -> Jail {
+    let mut spec = node.shell(id, script);
+    spec.mounts.push(disk.mount_spec());
+    spec.limits.io_bytes_per_s = io_bytes_per_s;
+    let folder = File::open(disk.mount_point()).unwrap();
+    node.start_with(&spec, LaunchFds { mounts: vec![folder.as_fd()], ..LaunchFds::default() })
+}
+
+#[test]
+fn disk_traffic_is_held_to_its_rate_and_the_neighbours_is_not() {
+    let disk = LoopDisk::new();
+    let mut node = Node::new();
+    node.disks = vec![disk.number()];
+    let flag = match node.cgroups.disk_limits(&node.disks) {
+        DiskLimits::All => "conv=fsync",
+        DiskLimits::Awaited => "oflag=direct",
+        DiskLimits::Absent { why } => {
+            eprintln!("SKIPPED: {why}");
+            return;
+        }
+    };
+    // Four mebibytes each way: without a limit, a moment.
+    let script = |name: &str| {
+        format!(
+            "dd if=/dev/zero of=/data/{name} bs=256k count=16 {flag} && dd if=/data/{name} of=/dev/null bs=256k iflag=direct"
+        )
+    };
+    let rounds = format!("while {}; do echo round; done 2>/dev/null", script("neighbour"));
+    let neighbour = on_disk(&node, &disk, "neighbour", &rounds, None);
+    let begun = Instant::now();
+    let mut hog = on_disk(&node, &disk, "hog", &script("hog"), Some(1 << 20));
+    let record = hog.await_exit();
+    let took = begun.elapsed();
+    let meanwhile = neighbour.output_now().matches("round").count();
+    assert_eq!(record.reason, ExitReason::Exited { code: 0 }, "{}", hog.output());
+    assert!(took > Duration::from_secs(5), "eight mebibytes went at a rate of one per second in {took:?}");
+    assert!(meanwhile >= 4, "the neighbour did only {meanwhile} times as much in {took:?}");
 }
 
 #[test]

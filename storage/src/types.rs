@@ -123,6 +123,13 @@ pub struct PoolFacts {
     pub remarks: Vec<String>,
 }
 
+/// A whole disk (no partition), as the kernel numbers it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DiskNumber {
+    pub major: u32,
+    pub minor: u32,
+}
+
 /// The limit of one object, in bytes of its own new data and metadata.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]

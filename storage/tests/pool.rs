@@ -16,7 +16,11 @@ fn a_loop_file_pool_comes_up_and_goes_without_a_trace() {
     assert!(pool.facts().created);
     assert_eq!(pool.facts().quota_mode, QuotaMode::Simple);
     assert_eq!(pool.facts().remarks, Vec::<String>::new());
-    assert_eq!(site.loop_devices().len(), 1);
+    let device = site.loop_devices().pop().unwrap();
+    let number = fs::read_to_string(format!("/sys/block/{device}/dev")).unwrap();
+    let disks: Vec<String> =
+        pool.disks().unwrap().iter().map(|disk| format!("{}:{}", disk.major, disk.minor)).collect();
+    assert_eq!(disks, [number.trim()], "its traffic is limited on the loop device");
     let root = fs::metadata(site.mount_point().join("volumes")).unwrap();
     assert_eq!(root.permissions().mode() & 0o777, 0o700);
     let usage = pool.usage().unwrap();

@@ -1,6 +1,6 @@
 //! What a tenant does to its limits stays its own trouble: the neighbour answers on, the agent works on.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use epagent_tests::host::DevHost;
 use epagent_tests::{AppDir, Load, command, eventually, process};
@@ -116,4 +116,44 @@ fn a_busy_loop_leaves_the_neighbour_its_time() {
     load.wait_for(300, Duration::from_secs(30));
     spin.wait(Duration::from_secs(60));
     all_is_well(host, load);
+}
+
+#[test]
+fn a_disk_hog_is_held_to_its_rate() {
+    let volume = "\n[volume.data]\npath = \"/data\"\nquota = \"64M\"";
+    let (host, load) = neighbours(&format!("limits = {{ io = \"1M\" }}{volume}"));
+    let told = disk_limits(&host);
+    if told.contains("not in force") {
+        eprintln!("SKIPPED: {told}");
+        return host.stop();
+    }
+    // v1 does not count what the kernel flushes by itself, and it may do that before dd does.
+    let flag = if told.contains("v1") { "oflag=direct" } else { "conv=fsync" };
+    // Eight mebibytes.
+    let write = format!("dd if=/dev/zero of=/data/written bs=256k count=32 {flag}");
+    let timed = |app: &str| {
+        let begun = Instant::now();
+        host.inside(app, &write).ok();
+        begun.elapsed()
+    };
+    let hog = std::thread::scope(|scope| {
+        let hog = scope.spawn(|| timed("hog"));
+        let mut rounds = 0;
+        while !hog.is_finished() {
+            timed("neighbour");
+            rounds += 1;
+        }
+        assert!(rounds >= 3, "the neighbour wrote the same only {rounds} times meanwhile");
+        hog.join().unwrap()
+    });
+    assert!(hog > Duration::from_secs(6), "eight mebibytes went at a rate of one per second in {hog:?}");
+    all_is_well(host, load);
+}
+
+/// What `epagent doctor` says of the limits of disk traffic.
+fn disk_limits(host: &DevHost) -> String {
+    let checks = host.api().get("/v1/doctor");
+    let mut checks = checks.as_array().unwrap().iter();
+    let check = checks.find(|check| check["name"].as_str().unwrap().contains("io.max"));
+    check.expect("doctor says nothing of it")["message"].as_str().unwrap().to_owned()
 }

@@ -22,6 +22,7 @@ const AGENT_SUITES: [&str; 4] = ["tests::inside", "tests::own_trouble", "tests::
 /// What the manifest of examples/hello asks for.
 const HELLO_MEMORY_BYTES: &str = "134217728";
 const HELLO_PIDS: &str = "64";
+const HELLO_IO_BYTES_PER_S: &str = "52428800";
 
 /// Whether it is known what was built; the whole of two crates' tests is for `make vm-test` alone.
 fn listed() -> bool {
@@ -168,7 +169,12 @@ fn hello_runs_confined_and_survives_kills(release: Release) {
     epagent(&vm, "deploy /root/examples/hello").ok();
     let body = fetch(&vm, "hello.localhost");
     assert!(body.starts_with("Hello from epagent"), "{body}");
-    println!("{}", epagent(&vm, "doctor").stdout);
+    let doctor = epagent(&vm, "doctor").stdout;
+    println!("{doctor}");
+    assert!(
+        doctor.lines().any(|line| line.contains("io.max") && line.contains("present")),
+        "io.max is absent"
+    );
 
     assert_limits(&vm);
     // systemd rewrites the controllers of the root for its own units; those of the instances stay.
@@ -187,6 +193,7 @@ fn hello_runs_confined_and_survives_kills(release: Release) {
     );
     assert_eq!(pids(&vm, "hello"), before, "an instance did not survive");
 
+    a_writer_is_held_to_its_rate(&vm);
     hog_dies_as_a_whole(&vm);
     assert_eq!(pids(&vm, "hello"), before, "a neighbour of the hog did not survive");
     stop_node(&vm);
@@ -197,12 +204,16 @@ fn hello_runs_confined_and_survives_kills(release: Release) {
 fn assert_limits(vm: &Vm) {
     let apps = vm.succeed("find /sys/fs/cgroup/epagent-* -mindepth 2 -maxdepth 2 -type d -name app");
     assert_eq!(apps.lines().count(), 2, "{apps}");
+    let disk = vm.succeed("losetup --noheadings --output MAJ:MIN").trim().to_owned();
     for cgroup in apps.lines() {
         let read = |file: &str| vm.succeed(&format!("cat {cgroup}/{file}")).trim().to_owned();
         assert_eq!(read("memory.max"), HELLO_MEMORY_BYTES);
         assert_eq!(read("memory.oom.group"), "1");
         assert_eq!(read("pids.max"), HELLO_PIDS);
         assert!(!read("cpu.max").starts_with("max"), "no processor limit: {}", read("cpu.max"));
+        let rates =
+            format!("{disk} rbps={HELLO_IO_BYTES_PER_S} wbps={HELLO_IO_BYTES_PER_S} riops=max wiops=max");
+        assert_eq!(read("io.max"), rates);
         let shown = "cd $0; grep -H . cgroup.controllers cpu.max cpu.weight memory.high memory.swap.max io.max || true";
         println!("{}", vm.succeed(&shown.replace("$0", cgroup)));
     }
@@ -218,6 +229,32 @@ fn kill_part(vm: &Vm, part: &str) {
     vm.succeed(&format!("kill -9 {old}"));
     let again = format!("now=$({find}); test -n \"$now\" && test \"$now\" != {}", old.trim());
     vm.wait_until_succeeds(&again, Duration::from_secs(20));
+}
+
+/// What goes through the page cache counts to the app that wrote it, whoever flushes it.
+fn a_writer_is_held_to_its_rate(vm: &Vm) {
+    vm.succeed(
+        r#"mkdir -p /srv/writer && cat > /srv/writer/epagent.toml <<'END'
+app = "writer"
+image = "host"
+[process.web]
+command = "sleep 1004"
+[process.web.limits]
+io = "1M"
+END"#,
+    );
+    epagent(vm, "deploy /srv/writer").ok();
+    // `8388608 bytes (8.4 MB, 8.0 MiB) copied, 8.09 s, 1.0 MB/s`, flushing included.
+    let took_s = |app: &str| -> f64 {
+        let write = "dd if=/dev/zero of=/app/written bs=256k count=32 conv=fsync";
+        let ran = epagent(vm, &format!("exec {app} -- {write}"));
+        println!("{app}: {}", ran.stderr.trim());
+        let told = ran.stderr.rsplit("copied, ").next().and_then(|rest| rest.split(' ').next()?.parse().ok());
+        told.unwrap_or_else(|| panic!("{ran}"))
+    };
+    let (writer, neighbour) = (took_s("writer"), took_s("hello"));
+    assert!(writer > 6.0, "eight mebibytes went at a rate of one per second in {writer} s");
+    assert!(neighbour < writer / 2.0, "the neighbour took {neighbour} s, the writer {writer} s");
 }
 
 /// One process of several takes more memory than the instance may: all of them die, and the verdict says why.

@@ -148,11 +148,38 @@ pub struct Limits {
     pub nofile: u32,
     /// Bytes that may be written to the instance's own root, outside of volumes (btrfs quota).
     pub disk_bytes: u64,
+    /// Bytes per second read from each disk of the pool, and as many written (io.max). `None`: as many as the node
+    /// allows.
+    ///
+    /// Absent in JSON it is [`IO_BYTES_PER_S_UNSAID`]: so it is in a release from before there was this limit, and a
+    /// runner of that time takes the message.
+    #[serde(default = "io_unsaid", skip_serializing_if = "is_io_unsaid")]
+    pub io_bytes_per_s: Option<u64>,
+}
+
+/// Below what any disk or network volume gives that a node is likely to have, so that one app never has all of it, and
+/// far above what serving requests takes; a start reads its files within seconds. It is what absence means in releases
+/// and messages, so it must stay.
+pub const IO_BYTES_PER_S_UNSAID: u64 = 100 << 20;
+
+fn io_unsaid() -> Option<u64> {
+    Some(IO_BYTES_PER_S_UNSAID)
+}
+
+fn is_io_unsaid(rate: &Option<u64>) -> bool {
+    *rate == io_unsaid()
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { memory_bytes: 512 << 20, cpu_percent: 100, pids: 256, nofile: 4096, disk_bytes: 512 << 20 }
+        Self {
+            memory_bytes: 512 << 20,
+            cpu_percent: 100,
+            pids: 256,
+            nofile: 4096,
+            disk_bytes: 512 << 20,
+            io_bytes_per_s: io_unsaid(),
+        }
     }
 }
 
@@ -182,5 +209,23 @@ impl AppSpec {
     /// The processes that some route leads to; only these are told a port and need one open.
     pub fn is_routed(&self, process: &ProcessName) -> bool {
         self.routes.iter().any(|route| route.process == *process)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_release_from_before_the_io_limit_has_the_default_and_is_written_as_it_was() {
+        let old = r#"{"memory_bytes":1,"cpu_percent":2,"pids":3,"nofile":4,"disk_bytes":5}"#;
+        let limits: Limits = serde_json::from_str(old).unwrap();
+        assert_eq!(limits.io_bytes_per_s, Some(100 << 20));
+        assert_eq!(serde_json::to_string(&limits).unwrap(), old);
+        for io_bytes_per_s in [None, Some(1 << 20)] {
+            let said = Limits { io_bytes_per_s, ..limits.clone() };
+            let text = serde_json::to_string(&said).unwrap();
+            assert_eq!(serde_json::from_str::<Limits>(&text).unwrap(), said, "{text}");
+        }
     }
 }

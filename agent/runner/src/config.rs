@@ -20,6 +20,8 @@ pub const IDS_PER_RANGE: u32 = 65_536;
 pub const NODE_MAX: u16 = 127;
 /// No instance may be given more slots than this, however large the address block is.
 const SLOTS_MAX: u32 = 2_048;
+/// The slowest that anything may be made with a disk.
+pub const IO_BYTES_PER_S_MIN: u64 = 1 << 20;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -113,6 +115,8 @@ pub struct Build {
     pub deadline: Duration,
     pub cpu: Percent,
     pub pids: u32,
+    /// With each disk of the pool, each way.
+    pub io: Rate,
 }
 
 impl Default for Build {
@@ -125,6 +129,7 @@ impl Default for Build {
             deadline: Duration { ms: 30 * 60 * 1000 },
             cpu: Percent(200),
             pids: 2_048,
+            io: Rate { bytes_per_s: Some(200 << 20) },
         }
     }
 }
@@ -138,6 +143,8 @@ pub struct Maxima {
     pub pids: u32,
     pub nofile: u32,
     pub disk: Bytes,
+    /// What an app gets whose manifest says `io = "none"`, or more.
+    pub io: Rate,
     /// The largest volume.
     pub volume: Bytes,
 }
@@ -150,6 +157,7 @@ impl Default for Maxima {
             pids: 16_384,
             nofile: 262_144,
             disk: Bytes(64 << 30),
+            io: Rate { bytes_per_s: None },
             volume: Bytes(4 << 40),
         }
     }
@@ -233,6 +241,12 @@ pub struct Block<A> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);
 
+/// Bytes per second; in text a size of these, or `none`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    pub bytes_per_s: Option<u64>,
+}
+
 /// A share of one processor; in text `150%`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Percent(pub u32);
@@ -259,6 +273,19 @@ impl FromStr for Bytes {
         scaled(text, &SIZES)
             .map(Bytes)
             .ok_or_else(|| format!("{text:?} is not a size like \"512M\" or \"2G\""))
+    }
+}
+
+impl FromStr for Rate {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Rate, String> {
+        let bytes_per_s = match text {
+            "none" => None,
+            _ => Some(scaled(text, &SIZES).filter(|rate| *rate >= IO_BYTES_PER_S_MIN).ok_or_else(|| {
+                format!("{text:?} is not a rate of \"1M\" or more, like \"200M\", nor \"none\"")
+            })?),
+        };
+        Ok(Rate { bytes_per_s })
     }
 }
 
@@ -316,7 +343,7 @@ macro_rules! deserialize_from_text {
     )*};
 }
 
-deserialize_from_text!(Bytes, Percent, Duration, Block<Ipv4Addr>, Block<Ipv6Addr>);
+deserialize_from_text!(Bytes, Rate, Percent, Duration, Block<Ipv4Addr>, Block<Ipv6Addr>);
 
 macro_rules! serialize_as_text {
     ($($type:ty: $text:expr),*) => {$(
@@ -331,6 +358,7 @@ macro_rules! serialize_as_text {
 
 serialize_as_text!(
     Bytes: |bytes| in_units(bytes.0, &SIZES),
+    Rate: |rate| rate.bytes_per_s.map_or_else(|| "none".to_owned(), |bytes| in_units(bytes, &SIZES)),
     Percent: |share| format!("{}%", share.0),
     Duration: |span| in_units(span.ms, &SPANS),
     Block<Ipv4Addr>: |block| format!("{}/{}", block.base, block.len),
@@ -399,6 +427,7 @@ cpu = "200%"
     fn it_is_shown_as_it_is_written() {
         let shown = toml::to_string(&example()).unwrap();
         assert!(shown.contains("PIP_INDEX_URL = \"(not shown)\""), "{shown}");
+        assert!(shown.contains("io = \"200M\"") && shown.contains("io = \"none\""), "{shown}");
         let again: Config = toml::from_str(&shown).unwrap();
         assert_eq!(toml::to_string(&again).unwrap(), shown);
         let (written, shown): (toml::Table, toml::Table) = (EXAMPLE.parse().unwrap(), shown.parse().unwrap());
@@ -435,6 +464,8 @@ cpu = "200%"
             ("ranges = 256", "ranges = 1"),
             ("memory = \"2G\"", "memory = \"2X\""),
             ("cpu = \"200%\"", "cpu = \"200\""),
+            ("cpu = \"200%\"", "cpu = \"200%\"\nio = \"200K\""),
+            ("cpu = \"200%\"", "cpu = \"200%\"\nio = \"no\""),
             ("deadline = \"30m\"", "deadline = \"soon\""),
             ("/20\"", "/8\""),
             ("allow = []", "allow = [\"proxy\"]"),

@@ -107,6 +107,7 @@ fn build_order(
             memory_bytes: build.memory.0,
             cpu_percent: build.cpu.0,
             pids: build.pids,
+            io_bytes_per_s: build.io.bytes_per_s,
             open_files: NOFILE,
             // pip and npm unpack in /tmp; what is there counts as memory and leaves no trace in the release.
             tmpfs_bytes: build.memory.0 / 2,

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use epagent_isolation::cgroup::CgroupRoot;
+use epagent_isolation::cgroup::{CgroupRoot, Disk};
 use epagent_isolation::launch::{JailExecutable, LaunchConfig, LaunchFds, Launched, launch};
 use epagent_storage::Pool;
 use epagent_wire::name::JailId;
@@ -13,7 +13,7 @@ use nix::sys::stat::Mode;
 use crate::app_sockets::AppSockets;
 use crate::config::Config;
 use crate::order::{Order, Program, Root, Source};
-use crate::work::{WorkError, app_name, instance_id, volume_name};
+use crate::work::{WorkError, app_name, chain, instance_id, volume_name};
 
 /// The folder of the monitors' sockets, by descriptor: a socket's address has 107 bytes, a state folder may have more.
 #[derive(Debug)]
@@ -73,6 +73,12 @@ pub struct Ground<'a> {
     pub app_sockets: &'a AppSockets,
 }
 
+/// Those under the pool, on which the traffic of instances is limited.
+pub fn disks(pool: &Pool) -> Result<Vec<Disk>, WorkError> {
+    let disks = pool.disks()?.into_iter();
+    Ok(disks.map(|disk| Disk { major: disk.major, minor: disk.minor }).collect())
+}
+
 /// Starts the monitor. `descriptors` are those that came with the request: the stream of an unpack job, or the secrets of
 /// an instance.
 pub fn launch_order(
@@ -98,9 +104,15 @@ pub fn launch_order(
         stdin: given.filter(|_| unpacks),
         lease: None,
     };
+    // An app without its limit is better than none, and `doctor` tells of a node on which there are no limits.
+    let disks = disks(ground.pool).unwrap_or_else(|error| {
+        tracing::warn!(jail = %order.jail.jail, "its disk traffic is not limited: {}", chain(&error));
+        Vec::new()
+    });
     let config = LaunchConfig {
         executable: &ground.binaries.jail,
         cgroups: ground.cgroups,
+        disks: &disks,
         control_socket: control_socket(ground.sockets, &order.jail.jail),
     };
     Ok(launch(&config, &spec, &fds)?)

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use epagent_isolation::cgroup::CgroupRoot;
+use epagent_isolation::cgroup::{CgroupRoot, DiskLimits};
 use epagent_storage::{Pool as StoragePool, QuotaMode};
 use epagent_wire::runner::{
     FEATURE_APP_SOCKETS, Feature, Image, Jail, Pool, Refusal, RefusalCode, Release, Reply, Volume, World,
@@ -14,10 +14,11 @@ use epagent_wire::runner::{
 
 use crate::app_sockets::AppSockets;
 use crate::jobs::HOST_IMAGE;
+use crate::launch::disks;
 use crate::peers::To;
 use crate::server::{Server, Task};
 use crate::tables::address;
-use crate::work::{Outcome, Survey, Work};
+use crate::work::{Outcome, Survey, Work, chain};
 
 pub const FIGURES_AGE_MAX: Duration = Duration::from_secs(2);
 /// How long a look is waited for.
@@ -35,6 +36,25 @@ pub struct Figures {
     features: Vec<Feature>,
 }
 
+/// Limits of disk traffic, as they are in force here.
+fn disk_limits(pool: &StoragePool, cgroups: &CgroupRoot) -> Feature {
+    let found = disks(pool)
+        .map_or_else(|error| DiskLimits::Absent { why: chain(&error) }, |disks| cgroups.disk_limits(&disks));
+    let fallback = match &found {
+        DiskLimits::All => String::new(),
+        DiskLimits::Awaited => {
+            "v1 blkio, which does not limit what the kernel writes from the page cache by itself".to_owned()
+        }
+        DiskLimits::Absent { why } => format!("nothing, `io` is not in force: {why}"),
+    };
+    Feature {
+        name: "limits of disk traffic (io.max)".to_owned(),
+        present: found == DiskLimits::All,
+        fallback,
+        advice: "it takes cgroup v2 alone, with its io controller".to_owned(),
+    }
+}
+
 impl Figures {
     pub fn new(pool: &StoragePool, cgroups: &CgroupRoot, sockets: &AppSockets) -> Figures {
         let facts = pool.facts();
@@ -43,16 +63,20 @@ impl Figures {
                 name: "simple quotas (Linux 6.7)".to_owned(),
                 present: facts.quota_mode == QuotaMode::Simple,
                 fallback: "ordinary quota groups".to_owned(),
+                advice: String::new(),
             },
             Feature {
                 name: "cgroup v2 with controllers".to_owned(),
                 present: cgroups.layout() == "v2",
                 fallback: "limits by v1 controllers, everything else by v2".to_owned(),
+                advice: String::new(),
             },
+            disk_limits(pool, cgroups),
             Feature {
                 name: FEATURE_APP_SOCKETS.to_owned(),
                 present: sockets.is_possible(),
                 fallback: "apps listen on TCP".to_owned(),
+                advice: String::new(),
             },
         ];
         Figures { survey: Survey::default(), seen: None, looking_since: None, waiting: Vec::new(), features }

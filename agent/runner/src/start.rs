@@ -50,6 +50,7 @@ pub fn jail_limits(limits: &Limits) -> JailLimits {
         memory_bytes: limits.memory_bytes,
         cpu_percent: limits.cpu_percent,
         pids: limits.pids,
+        io_bytes_per_s: limits.io_bytes_per_s,
         open_files: u64::from(limits.nofile),
         tmpfs_bytes: limits.memory_bytes / 4,
         ..JailLimits::default()

@@ -30,6 +30,8 @@ const PIDS_MAX: u32 = 16_384;
 const NOFILE_MIN: u32 = 64;
 const NOFILE_MAX: u32 = 262_144;
 const DISK_BYTES_MIN: u64 = 1 << 20;
+/// Slower, and starting takes longer than anybody waits.
+const IO_BYTES_PER_S_MIN: u64 = 1 << 20;
 /// Memory, disk and quotas: far past any machine, so that sums stay far from overflow.
 pub(super) const SIZE_BYTES_MAX: u64 = 1 << 50;
 
@@ -199,7 +201,7 @@ fn http_path(item: &Item<'_>) -> Result<String, ManifestError> {
 }
 
 fn limits(table: &Table<'_>) -> Result<Limits, ManifestError> {
-    table.only(&["memory", "cpu", "pids", "nofile", "disk"])?;
+    table.only(&["memory", "cpu", "pids", "nofile", "disk", "io"])?;
     let mut limits = Limits::default();
     if let Some(item) = table.get("memory") {
         limits.memory_bytes = item.size_bytes(MEMORY_BYTES_MIN..=SIZE_BYTES_MAX)?;
@@ -215,6 +217,9 @@ fn limits(table: &Table<'_>) -> Result<Limits, ManifestError> {
     }
     if let Some(item) = table.get("disk") {
         limits.disk_bytes = item.size_bytes(DISK_BYTES_MIN..=SIZE_BYTES_MAX)?;
+    }
+    if let Some(item) = table.get("io") {
+        limits.io_bytes_per_s = item.rate(IO_BYTES_PER_S_MIN..=SIZE_BYTES_MAX)?;
     }
     Ok(limits)
 }

@@ -208,14 +208,27 @@ impl<'d> Item<'d> {
     }
 
     pub(super) fn size_bytes(&self, allowed: RangeInclusive<u64>) -> Result<u64, ManifestError> {
+        const HELP: &str = "write one number and K, M, G or T: \"512K\", \"256M\", \"1G\"; or plain bytes";
+        self.bytes(allowed, "a size", HELP)
+    }
+
+    /// Bytes per second, or none for `"none"`.
+    pub(super) fn rate(&self, allowed: RangeInclusive<u64>) -> Result<Option<u64>, ManifestError> {
+        const HELP: &str =
+            "write bytes per second as one number and K, M, G or T: \"50M\"; or \"none\" for no limit";
+        match self.value {
+            DeValue::String(text) if &**text == "none" => Ok(None),
+            _ => self.bytes(allowed, "a rate", HELP).map(Some),
+        }
+    }
+
+    fn bytes(&self, allowed: RangeInclusive<u64>, what: &str, help: &str) -> Result<u64, ManifestError> {
         let text = match self.value {
             DeValue::Integer(integer) if integer.radix() == 10 => integer.as_str(),
             _ => self.string()?,
         };
-        let bytes = size_bytes(text).ok_or_else(|| {
-            let error = self.error(format!("{} is not a size", quoted(text)));
-            error.with_help("write one number and K, M, G or T: \"512K\", \"256M\", \"1G\"; or plain bytes")
-        })?;
+        let bytes = size_bytes(text)
+            .ok_or_else(|| self.error(format!("{} is not {what}", quoted(text))).with_help(help))?;
         if allowed.contains(&bytes) {
             return Ok(bytes);
         }

@@ -37,6 +37,7 @@ cpu = "50%"
 pids = 128
 nofile = 1024
 disk = "1G"
+io = "50M"
 
 [process.worker]
 command = "venv/bin/python worker.py"
@@ -112,8 +113,14 @@ fn every_key_is_read() {
         (500, 3_000, 120_000)
     );
     assert_eq!((web.health.rise, web.health.fall), (2, 5));
-    let limits =
-        Limits { memory_bytes: 256 << 20, cpu_percent: 50, pids: 128, nofile: 1024, disk_bytes: 1 << 30 };
+    let limits = Limits {
+        memory_bytes: 256 << 20,
+        cpu_percent: 50,
+        pids: 128,
+        nofile: 1024,
+        disk_bytes: 1 << 30,
+        io_bytes_per_s: Some(50 << 20),
+    };
     assert_eq!(web.limits, limits);
     assert_eq!(spec.volumes[&"data".parse().unwrap()].path, "/data");
     assert_eq!(spec.volumes[&"data".parse().unwrap()].quota_bytes, 2 << 30);
@@ -141,6 +148,18 @@ fn what_is_not_said_has_a_default() {
     assert_eq!(parse(&small("[build]\nrun = \"make\"")).unwrap().build, ["make"]);
     let text = small("").replace("command", "limits = { memory = 67108864 }\ncommand");
     assert_eq!(parse(&text).unwrap().processes[&"web".parse().unwrap()].limits.memory_bytes, 64 << 20);
+}
+
+#[test]
+fn a_rate_may_be_none_and_its_absence_is_not() {
+    let io = |value: &str| {
+        let text = small("").replace("command", &format!("limits = {{ {value} }}\ncommand"));
+        parse(&text).unwrap().processes[&"web".parse().unwrap()].limits.io_bytes_per_s
+    };
+    assert_eq!(io("io = \"none\""), None);
+    assert_eq!(io("io = 1048576"), Some(1 << 20));
+    assert_eq!(io("memory = \"64M\""), Limits::default().io_bytes_per_s);
+    assert_eq!(Limits::default().io_bytes_per_s, Some(100 << 20));
 }
 
 #[test]
@@ -233,6 +252,7 @@ fn unknown_keys() {
     check(&web("instanses = 2"), (6, 1), "unknown key `instanses`", "did you mean `instances`?");
     check(&web("replicas = 2"), (6, 1), "unknown key `replicas`", "did you mean `instances`?");
     check(&web("limits.memmory = \"1M\""), (6, 8), "unknown key `memmory`", "did you mean `memory`?");
+    check(&web("limits.iop = 5"), (6, 8), "unknown key `iop`", "did you mean `io`?");
     check(&web("stop = { timeout = \"1s\" }"), (6, 10), "unknown key `timeout`", "`signal` and `grace`");
     check(
         &web("health = { path = \"/\" }"),
@@ -305,6 +325,10 @@ fn numbers_and_units() {
     check(&web("limits.cpu = \"50\""), (6, 14), "`50` is not a share of a processor", "\"50%\"");
     check(&web("limits.cpu = 50"), (6, 14), "has no unit", "\"50%\"");
     check(&web("limits.cpu = \"0%\""), (6, 14), "is 0%; it may be 1%", "");
+    check(&web("limits.io = \"50M/s\""), (6, 13), "`50M/s` is not a rate", "\"50M\"; or \"none\"");
+    check(&web("limits.io = \"off\""), (6, 13), "`off` is not a rate", "\"none\" for no limit");
+    check(&web("limits.io = \"1K\""), (6, 13), "is 1K; it may be 1M to 1024T", "");
+    check(&web("limits.io = true"), (6, 13), "must be a string, and is true or false", "");
     check(&web("limits.pids = 1"), (6, 15), "it may be 4 to", "");
     check(&web("limits.nofile = 3"), (6, 17), "it may be 64 to", "");
     check(&web("stop = { grace = 10 }"), (6, 18), "has no unit", "\"10s\"");

@@ -378,6 +378,9 @@ pub struct Feature {
     pub present: bool,
     /// What is used in its place when it is absent.
     pub fallback: String,
+    /// How to come to have it; empty: by a newer kernel.
+    #[serde(default)]
+    pub advice: String,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]

@@ -7,11 +7,13 @@
 //!           /sys/fs/cgroup/NAME/ID/app              the instance; all limits
 //! hybrid    <v2 mount>/NAME/ID/{monitor,app}        identity, cgroup.kill, freeze; no controllers there
 //!           <memory, cpu, cpuacct, pids>/NAME/ID    the limits and counters of the instance
+//!           <blkio>/NAME/ID                         its disk traffic, where the hierarchy is mounted
 //! ```
 //!
 //! Whatever needs certainty (is anybody left, kill them all) asks v2, in both layouts. What a limit means in files
 //! and values is a pure function of each layout ([`Layout::limits`]), so it is tested without a kernel that has it.
 
+mod disk;
 mod hybrid;
 mod mounts;
 mod v2;
@@ -23,6 +25,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
+
+pub use disk::{Disk, DiskLimits};
 
 use crate::error::Error;
 use crate::id::JailId;
@@ -46,7 +50,7 @@ pub(crate) struct Setting {
     pub dir: PathBuf,
     pub file: &'static str,
     pub value: String,
-    /// A file that some kernels lack: then it is passed over.
+    /// A file that some kernels lack, or a disk that takes no limits: then it is passed over.
     pub optional: bool,
 }
 
@@ -72,7 +76,9 @@ pub(crate) trait Layout: Debug {
     /// Makes controllers available in `ID/app` once the directories of an instance exist.
     fn delegate(&self, id: &JailId) -> Result<(), Error>;
     /// What to write for these limits, in order.
-    fn limits(&self, id: &JailId, limits: &Limits) -> Vec<Setting>;
+    fn limits(&self, id: &JailId, limits: &Limits, disks: &[Disk]) -> Vec<Setting>;
+    /// Whether traffic with these disks is limited here. Asks the kernel, by setting what is so already.
+    fn disk_limits(&self, disks: &[Disk]) -> DiskLimits;
     /// Files to which an instance's init writes `0` (itself) to come under the limits, where being in `ID/app` is
     /// not already enough.
     fn entrances(&self, id: &JailId) -> Vec<PathBuf>;
@@ -112,8 +118,14 @@ impl CgroupRoot {
         self.layout.name()
     }
 
+    /// Whether the limits of instances on these disks hold, for `doctor`. The kernel may wait until none of them has a
+    /// request under way: not to be asked by who must not wait.
+    pub fn disk_limits(&self, disks: &[Disk]) -> DiskLimits {
+        self.layout.disk_limits(disks)
+    }
+
     /// Makes the directories of an instance and sets its limits.
-    pub(crate) fn create(&self, id: &JailId, limits: &Limits) -> Result<(), Error> {
+    pub(crate) fn create(&self, id: &JailId, limits: &Limits, disks: &[Disk]) -> Result<(), Error> {
         for dir in self.directories(id).iter().rev() {
             match fs::create_dir(dir) {
                 Ok(()) => {}
@@ -122,7 +134,7 @@ impl CgroupRoot {
             }
         }
         self.layout.delegate(id)?;
-        for setting in self.layout.limits(id, limits) {
+        for setting in self.layout.limits(id, limits, disks) {
             setting.write()?;
         }
         Ok(())
@@ -234,15 +246,18 @@ impl Setting {
     fn write(&self) -> Result<(), Error> {
         let file = self.dir.join(self.file);
         match fs::write(&file, &self.value) {
-            Err(e)
-                if self.optional
-                    && matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) =>
-            {
-                Ok(())
-            }
+            Err(e) if self.optional && is_lack(&e) => Ok(()),
             result => result.map_err(Error::path("set cgroup limit", file)),
         }
     }
+}
+
+/// No such file in this kernel, no such disk, or one that is not made for limits.
+fn is_lack(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOENT | libc::EACCES | libc::EPERM | libc::ENODEV | libc::EOPNOTSUPP)
+    )
 }
 
 /// `populated 1` in `cgroup.events`; a cgroup that is gone has nobody.

@@ -11,6 +11,8 @@ use crate::error::Error;
 
 /// v1 controllers that carry our limits and counters.
 const V1_CONTROLLERS: [&str; 4] = ["memory", "cpu", "cpuacct", "pids"];
+/// One without which instances run all the same.
+const V1_OPTIONAL: &str = "blkio";
 
 /// Mount points found.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -44,6 +46,7 @@ fn choose(mounted: Mounted, name: &str) -> Result<Box<dyn Layout>, Error> {
 
 /// Fields of a mountinfo line: `… mount-point options [optional…] - type source super-options` (proc(5)).
 fn parse(text: &str) -> Mounted {
+    let is_wanted = |option: &&str| V1_CONTROLLERS.contains(option) || *option == V1_OPTIONAL;
     let mut mounted = Mounted::default();
     for line in text.lines() {
         let Some((left, right)) = line.split_once(" - ") else { continue };
@@ -55,7 +58,7 @@ fn parse(text: &str) -> Mounted {
                 mounted.v2.get_or_insert(PathBuf::from(point));
             }
             Some("cgroup") => {
-                for controller in options.split(',').filter(|option| V1_CONTROLLERS.contains(option)) {
+                for controller in options.split(',').filter(is_wanted) {
                     mounted.v1.entry(controller.to_owned()).or_insert_with(|| PathBuf::from(point));
                 }
             }
@@ -82,10 +85,13 @@ mod tests {
 
     #[test]
     fn the_layout_follows_what_is_mounted() {
-        let layout = |text| choose(parse(text), "epagent-7").map(|layout| layout.name());
+        let layout = |text: &str| choose(parse(text), "epagent-7").map(|layout| layout.name());
         assert_eq!(layout(DEBIAN_V2).ok(), Some("v2"));
         assert_eq!(layout(HYBRID).ok(), Some("hybrid"));
         assert!(layout("").is_err());
+        let blkio = "33 31 0:30 / /sys/fs/cgroup/blkio rw,relatime - cgroup cgroup rw,blkio\n";
+        assert_eq!(layout(&format!("{HYBRID}{blkio}")).ok(), Some("hybrid"));
+        assert_eq!(layout(&format!("{DEBIAN_V2}{blkio}")).ok(), Some("v2"), "blkio alone makes no hybrid");
         let no_pids: String =
             HYBRID.lines().filter(|line| !line.contains("pids")).map(|line| format!("{line}\n")).collect();
         assert!(layout(&no_pids).is_err(), "half a hybrid is refused, not guessed at");

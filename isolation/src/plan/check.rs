@@ -13,6 +13,8 @@ const HOSTNAME_LEN_MAX: usize = 64;
 const LINK_NAME_LEN_MAX: usize = 15;
 /// Below this, not even our init and a shell start.
 const MEMORY_BYTES_MIN: u64 = 4 << 20;
+/// Below this, reading a program takes longer than anybody waits. (0 would be no limit at all to v1.)
+const IO_BYTES_PER_S_MIN: u64 = 1 << 20;
 /// Init, the app, and one child of it.
 const PIDS_MIN: u32 = 3;
 /// Where only we mount.
@@ -167,6 +169,9 @@ fn check_limits(limits: &Limits) -> Result<(), SpecError> {
     }
     if limits.cpu_percent == 0 || limits.cpu_percent > 100 * 1024 {
         return fault("limits.cpu_percent", format!("{} is not in 1..=102400", limits.cpu_percent));
+    }
+    if let Some(rate) = limits.io_bytes_per_s.filter(|rate| *rate < IO_BYTES_PER_S_MIN) {
+        return fault("limits.io_bytes_per_s", format!("{rate} is less than {IO_BYTES_PER_S_MIN}"));
     }
     if limits.open_files < 16 {
         return fault("limits.open_files", format!("{} is less than 16", limits.open_files));

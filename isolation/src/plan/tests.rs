@@ -99,6 +99,7 @@ fn specs_that_cannot_be_are_refused_by_field() {
     assert_eq!(refused(|s| s.mounts = vec![volume("/a", 0), volume("/a", 1)]), "mounts[/a]");
     assert_eq!(refused(|s| s.limits.memory_bytes = 1), "limits.memory_bytes");
     assert_eq!(refused(|s| s.limits.cpu_percent = 0), "limits.cpu_percent");
+    assert_eq!(refused(|s| s.limits.io_bytes_per_s = Some(0)), "limits.io_bytes_per_s");
     assert_eq!(refused(|s| s.user.uid = 65_536), "user");
     assert_eq!(
         refused(|s| s.program = Program::Exec { argv: vec![], cwd: path("/"), env: BTreeMap::new() }),

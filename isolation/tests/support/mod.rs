@@ -3,6 +3,8 @@
 
 #![allow(dead_code)]
 
+pub mod loop_disk;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
@@ -11,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use epagent_isolation::cgroup::CgroupRoot;
+use epagent_isolation::cgroup::{CgroupRoot, Disk};
 use epagent_isolation::id::{IdRange, JailId, JailPath};
 use epagent_isolation::launch::{JailExecutable, LaunchConfig, LaunchFds, Launched, launch};
 use epagent_isolation::monitor::Client;
@@ -51,6 +53,8 @@ pub struct Node {
     pub executable: JailExecutable,
     pub dir: PathBuf,
     pub usr: OwnedFd,
+    /// On which the traffic of instances is limited: none, unless a test has one.
+    pub disks: Vec<Disk>,
 }
 
 pub fn path(text: &str) -> JailPath {
@@ -69,6 +73,7 @@ impl Node {
             executable: JailExecutable::load(&jail_executable()).unwrap(),
             usr: File::open("/usr").unwrap().into(),
             dir,
+            disks: Vec::new(),
         }
     }
 
@@ -147,6 +152,7 @@ impl Node {
         let config = LaunchConfig {
             executable: &self.executable,
             cgroups: &self.cgroups,
+            disks: &self.disks,
             control_socket: self.socket(id),
         };
         let launched = launch(&config, spec, &fds).unwrap();

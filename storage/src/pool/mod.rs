@@ -8,6 +8,7 @@
 //! (its number, which keeps its quota groups apart from others', and the quota mode it was made with) is an attribute
 //! of its root directory.
 
+mod disks;
 mod loopfile;
 
 use std::os::fd::OwnedFd;
@@ -41,6 +42,7 @@ pub struct Pool {
     pub(crate) engine: Engine,
     location: Location,
     facts: PoolFacts,
+    fsid: [u8; 16],
     /// Shared by forked children, so a successor waits for the last of them.
     _locks: Vec<OwnedFd>,
 }
@@ -92,6 +94,7 @@ impl Pool {
             engine.backend.refresh_reserve()?;
         }
         engine.backend.commit()?;
+        let fsid = sys::fs_id(engine.root()).map_err(|e| Error::io("read the id of", path_text(&path), e))?;
         let facts = PoolFacts {
             remarks: remarks(&engine, quota_health, identity.quota_mode)?,
             root: path,
@@ -100,7 +103,7 @@ impl Pool {
             quota_health,
             reserve_bytes,
         };
-        Ok(Pool { engine, location: config.location.clone(), facts, _locks: locks })
+        Ok(Pool { engine, location: config.location.clone(), facts, fsid, _locks: locks })
     }
 
     /// Unmounts a loop-file pool and frees its loop device, waiting at most 2 s for the last user; an existing path is
@@ -124,6 +127,12 @@ impl Pool {
 
     pub fn facts(&self) -> &PoolFacts {
         &self.facts
+    }
+
+    /// The disks it lies on, now: an operator may add and replace devices of a mounted btrfs. Does not wait for them.
+    pub fn disks(&self) -> Result<Vec<DiskNumber>> {
+        disks::below(Path::new(disks::SYSFS), &self.fsid)
+            .map_err(|e| Error::io("look for the disks of", path_text(&self.facts.root), e))
     }
 
     /// The state of the quotas now, which an operator (or an inconsistency) may have changed since opening.

@@ -248,13 +248,22 @@ struct FsInfo {
 const _: () = assert!(size_of::<FsInfo>() == 1024);
 const FS_INFO_GENERATION: u64 = 1 << 1;
 
-/// The last committed transaction.
-pub(crate) fn fs_generation(fs: impl AsFd) -> io::Result<u64> {
+fn fs_info(fs: impl AsFd, flags: u64) -> io::Result<Box<FsInfo>> {
     // SAFETY: FsInfo is plain integers and byte arrays, for which all zeroes is a value.
     let mut info: Box<FsInfo> = Box::new(unsafe { std::mem::zeroed() });
-    info.flags = FS_INFO_GENERATION;
+    info.flags = flags;
     ioctl(fs.as_fd(), ior(31, size_of::<FsInfo>()), info.as_mut())?;
-    Ok(info.generation)
+    Ok(info)
+}
+
+/// The last committed transaction.
+pub(crate) fn fs_generation(fs: impl AsFd) -> io::Result<u64> {
+    Ok(fs_info(fs, FS_INFO_GENERATION)?.generation)
+}
+
+/// The identity of the file system, under which sysfs shows it.
+pub(crate) fn fs_id(fs: impl AsFd) -> io::Result<[u8; 16]> {
+    Ok(fs_info(fs, 0)?.fsid)
 }
 
 #[repr(C)]

@@ -6,7 +6,7 @@ use epagent_wire::name::VolumeName;
 use epagent_wire::runner::{Command, Refusal, RefusalCode, TerminalSize};
 use epagent_wire::spec::Limits;
 
-use crate::config::Maxima;
+use crate::config::{IO_BYTES_PER_S_MIN, Maxima};
 
 /// One argument, one value, one command.
 const TEXT_BYTES_MAX: usize = 32 << 10;
@@ -156,6 +156,10 @@ pub fn clamp(limits: &Limits, maxima: &Maxima) -> Limits {
         pids: limits.pids.clamp(PIDS_MIN, maxima.pids.max(PIDS_MIN)),
         nofile: limits.nofile.clamp(NOFILE_MIN, maxima.nofile.max(NOFILE_MIN)),
         disk_bytes: limits.disk_bytes.clamp(DISK_BYTES_MIN, maxima.disk.0.max(DISK_BYTES_MIN)),
+        io_bytes_per_s: match (limits.io_bytes_per_s, maxima.io.bytes_per_s) {
+            (Some(asked), most) => Some(asked.min(most.unwrap_or(asked)).max(IO_BYTES_PER_S_MIN)),
+            (None, most) => most,
+        },
     }
 }
 
@@ -217,7 +221,7 @@ pub fn shortened(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Bytes;
+    use crate::config::{Bytes, Rate};
 
     #[test]
     fn hostile_environments_are_refused() {
@@ -294,12 +298,28 @@ mod tests {
             pids: u32::MAX,
             nofile: u32::MAX,
             disk_bytes: u64::MAX,
+            io_bytes_per_s: None,
         };
-        let none = Limits { memory_bytes: 0, cpu_percent: 0, pids: 0, nofile: 0, disk_bytes: 0 };
+        let none = Limits {
+            memory_bytes: 0,
+            cpu_percent: 0,
+            pids: 0,
+            nofile: 0,
+            disk_bytes: 0,
+            io_bytes_per_s: Some(0),
+        };
         assert_eq!(clamp(&all, &maxima).memory_bytes, 1 << 30);
         assert_eq!(clamp(&all, &maxima).pids, maxima.pids);
         assert_eq!(clamp(&none, &maxima).memory_bytes, MEMORY_BYTES_MIN);
         assert_eq!(clamp(&none, &maxima).cpu_percent, 1);
+        assert_eq!(clamp(&none, &maxima).io_bytes_per_s, Some(1 << 20));
+        assert_eq!(clamp(&all, &maxima).io_bytes_per_s, None, "nor does the operator limit it");
+        let most = Rate { bytes_per_s: Some(30 << 20) };
+        let slow = Maxima { io: most, ..Maxima::default() };
+        for asked in [None, Some(100 << 20), Some(30 << 20)] {
+            let limits = Limits { io_bytes_per_s: asked, ..Limits::default() };
+            assert_eq!(clamp(&limits, &slow).io_bytes_per_s, most.bytes_per_s, "{asked:?}");
+        }
         assert_eq!(clamp(&Limits::default(), &Maxima::default()), Limits::default());
     }
 

@@ -57,6 +57,24 @@ mod tests {
     }
 
     #[test]
+    fn a_start_with_a_limit_of_traffic_and_one_without_are_read() {
+        let start = |more: &str| {
+            let limits =
+                format!(r#"{{"memory_bytes":1,"cpu_percent":1,"pids":1,"nofile":1,"disk_bytes":1{more}}}"#);
+            let text = format!(
+                r#"{{"id":4,"request":{{"start":{{"jail":"shop-aaaaaaaa","start":{{"app":"shop","release":1,"command":{{"argv":["a"]}},"env":{{}},"limits":{limits},"volumes":{{}},"with_secrets":false,"deadline_ms":null}}}}}}}}"#
+            );
+            match parse(text.as_bytes()).unwrap().request {
+                epagent_wire::runner::Request::Start { start, .. } => start.limits.io_bytes_per_s,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(start(""), Some(100 << 20));
+        assert_eq!(start(r#","io_bytes_per_s":5000000"#), Some(5_000_000));
+        assert_eq!(start(r#","io_bytes_per_s":null"#), None);
+    }
+
+    #[test]
     fn fields_that_carry_something_along_are_refused() {
         for (text, field) in [
             (r#"{"id":4,"request":{"app_ensure":{"app":"shop","range":3}}}"#, "range"),

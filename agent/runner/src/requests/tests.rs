@@ -313,7 +313,7 @@ fn an_instance_gets_what_the_runner_chose() {
     let request = start_request(
         "shop-dddddddd",
         Start {
-            limits: Limits { memory_bytes: u64::MAX, ..Limits::default() },
+            limits: Limits { memory_bytes: u64::MAX, io_bytes_per_s: Some(5 << 20), ..Limits::default() },
             ..on_volume("shop", 1, "data", "/data")
         },
     );
@@ -322,6 +322,7 @@ fn an_instance_gets_what_the_runner_chose() {
     };
     assert_eq!(order.id_base, node.config.range_base(1));
     assert_eq!(order.limits.memory_bytes, node.config.limits.memory.0);
+    assert_eq!(order.limits.io_bytes_per_s, Some(5 << 20));
     assert!(jail.slot.is_some_and(|slot| slot != 9), "the running instance has slot 9");
     assert_eq!(order.mounts.len(), 1);
     assert_eq!(order.mounts[0].source, Source::Volume(name("shop"), name("data")));

@@ -148,7 +148,9 @@ pub async fn doctor(State(apps): State<Apps>) -> Json<Vec<Check>> {
                 true => ("ok", "present".to_owned()),
                 false => ("warn", format!("absent; in its place: {}", feature.fallback)),
             };
-            checks.push(check(&format!("kernel: {}", feature.name), state, message, "a newer kernel has it"));
+            let advice =
+                if feature.advice.is_empty() { "a newer kernel has it" } else { feature.advice.as_str() };
+            checks.push(check(&format!("kernel: {}", feature.name), state, message, advice));
         }
     }
     for (name, state) in parts.board.snapshot() {

@@ -5,21 +5,26 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Where cgroups are mounted: alone, beside the older hierarchies, or as one of those.
-const MOUNTS: [&str; 5] = [
+const MOUNTS: [&str; 6] = [
     "/sys/fs/cgroup",
     "/sys/fs/cgroup/unified",
     "/sys/fs/cgroup/memory",
     "/sys/fs/cgroup/cpu,cpuacct",
     "/sys/fs/cgroup/pids",
+    "/sys/fs/cgroup/blkio",
 ];
 /// What is told of each, of either version.
-const FILES: [&str; 16] = [
+const FILES: [&str; 20] = [
     "cgroup.controllers",
     "cgroup.events",
     "cgroup.stat",
     "cpu.max",
     "cpu.weight",
     "io.max",
+    "io.stat",
+    "io.pressure",
+    "blkio.throttle.read_bps_device",
+    "blkio.throttle.write_bps_device",
     "memory.current",
     "memory.events",
     "memory.max",
