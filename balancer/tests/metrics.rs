@@ -23,6 +23,9 @@ fn busy(arguments: &[&str]) -> (Balancer, App) {
         client.get("a.example", "/");
     }
     client.get("b.example", "/");
+    // What is read twice should not change in between.
+    drop(client);
+    until("the client is gone", || balancer.status().counters.connections_open == 0);
     (balancer, app)
 }
 
