@@ -68,6 +68,8 @@ impl Config {
     pub const PRESSED_BYTES: u32 = 4 * 1024;
     /// For so long after a receive found no buffer, flows take one buffer at a time.
     pub const THIRST_MS: Millis = 10;
+    /// Entries of timers that nobody waits for are dropped when there are so many beside two for each socket.
+    pub const TIMERS_SLACK: usize = 64;
     /// How often it is looked, while few buffers are left to lend, which have been lent for too long...
     pub const LENT_TICK_MS: Millis = 10;
     /// ...and otherwise, which are lent at all.

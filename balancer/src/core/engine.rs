@@ -259,6 +259,11 @@ impl Core {
         &self.memory
     }
 
+    /// Entries of timers, for tests that look for leaks.
+    pub fn timer_count(&self) -> usize {
+        self.timers.len()
+    }
+
     /// Open sockets, for tests that look for leaks.
     pub fn socket_count(&self) -> usize {
         self.socks.len()

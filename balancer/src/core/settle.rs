@@ -235,6 +235,10 @@ impl Core {
         if let Some(sock) = self.socks.get_mut(id) {
             sock.timer_at = Some(at);
         }
+        if self.timers.len() > 2 * self.socks.len() + Config::TIMERS_SLACK {
+            let socks = &self.socks;
+            self.timers.retain(|at, id| socks.get(id).is_some_and(|sock| sock.timer_at == Some(at)));
+        }
     }
 
     /// When bytes last moved between a socket and its peer: a tunnel is idle only when both its sides are.

@@ -1,7 +1,8 @@
 //! Deadlines, kept lazily: a socket has one entry, which is looked at again when it comes up.
 //!
 //! A deadline that moves later (each request moves one) costs nothing until the entry comes up; only one
-//! that moves earlier adds an entry. So there are few more entries than sockets.
+//! that moves earlier adds an entry. Entries of sockets that are gone stay until they come up too, or until there are
+//! more than two for each socket that is there: then all that nobody waits for are dropped at once.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -17,6 +18,15 @@ pub struct Timers {
 impl Timers {
     pub fn push(&mut self, at: Millis, sock: SockId) {
         self.heap.push(Reverse((at, sock)));
+    }
+
+    pub fn len(&self) -> usize {
+        self.heap.len()
+    }
+
+    /// Drops the entries that are waited for no longer.
+    pub fn retain(&mut self, is_awaited: impl Fn(Millis, SockId) -> bool) {
+        self.heap.retain(|Reverse((at, sock))| is_awaited(*at, *sock));
     }
 
     pub fn next_at(&self) -> Option<Millis> {

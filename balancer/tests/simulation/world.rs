@@ -114,6 +114,8 @@ pub struct World {
     /// Since when few buffers are left to lend.
     scarce_since: Option<u64>,
     traced: bool,
+    /// The most there were at a time.
+    sockets_max: usize,
     /// How much each stream carries: from the client, and back.
     pub stream_sizes: HashMap<u64, (usize, usize)>,
     pub prefaces: Prefaces,
@@ -176,6 +178,7 @@ impl World {
             ledger: Ledger::default(),
             scarce_since: None,
             traced: std::env::var_os("SIMULATION_TRACE").is_some(),
+            sockets_max: 0,
         };
         world.begin();
         for client in 0..CLIENTS {
@@ -419,6 +422,10 @@ impl World {
             "{} still bring all they can",
             self.now
         );
+        // A batch may close sockets after it has set timers.
+        let timers = self.core.timer_count();
+        self.sockets_max = self.sockets_max.max(self.core.socket_count());
+        assert!(timers <= 4 * self.sockets_max + Config::TIMERS_SLACK, "{timers} timers");
         let scarce = self.core.memory().is_lending_scarce();
         self.scarce_since = scarce.then(|| self.scarce_since.unwrap_or(self.now));
         self.check_lent_buffers();
