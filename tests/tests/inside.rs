@@ -140,7 +140,8 @@ fn it_has_no_power_over_the_kernel() {
         "chroot / true",
         "dmesg",
         "sysctl -w kernel.hostname=changed",
-        "echo h > /proc/sysrq-trigger",
+        // Where the kernel has it, the null device lies over it, and takes what is written.
+        "test ! -c /proc/sysrq-trigger && echo h > /proc/sysrq-trigger",
         "head -c1 /proc/kcore",
         "echo 1 > /proc/sys/kernel/panic",
         "ip link add probe type dummy",

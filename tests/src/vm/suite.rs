@@ -111,8 +111,9 @@ impl Vm {
     }
 
     fn run_test(&self, binary: &Binary, test: &str) -> Result {
+        // Pools are made in temporary folders, and /tmp may be in memory.
         let script = format!(
-            "cd {} && EPAGENT_BIN_DIR={} EPAGENT_TEST_SLOWNESS={} RUST_BACKTRACE=0 {} --exact '{test}' --nocapture --test-threads=1",
+            "cd {} && TMPDIR=/var/tmp EPAGENT_BIN_DIR={} EPAGENT_TEST_SLOWNESS={} RUST_BACKTRACE=0 {} --exact '{test}' --nocapture --test-threads=1",
             binary.folder.display(),
             super::payload::BINARIES,
             self.accel.scaled(Duration::from_secs(1)).as_secs(),
