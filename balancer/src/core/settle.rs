@@ -206,16 +206,14 @@ impl Core {
     /// Much waits in memory, as of now: whoever is armed to receive without bound is looked at. Each of them could
     /// bring as much as a burst may before it is asked, and together more than there is.
     pub(super) fn throttle(&mut self) {
-        let pressed = self.memory.is_pressed();
-        if pressed && !std::mem::replace(&mut self.pressed, pressed) {
-            let unbounded = self
-                .socks
-                .iter()
-                .filter(|(_, sock)| sock.recv == Recv::Armed && !sock.bounded && sock.peer.is_some());
-            let unbounded: Vec<SockId> = unbounded.map(|(id, _)| id).collect();
-            unbounded.into_iter().for_each(|id| self.touch(id));
+        let before = std::mem::replace(&mut self.pressed, self.memory.is_pressed());
+        if before || !self.pressed {
+            return;
         }
-        self.pressed = pressed;
+        let is_unbounded = |sock: &Sock| sock.recv == Recv::Armed && !sock.bounded && sock.peer.is_some();
+        let unbounded: Vec<SockId> =
+            self.socks.iter().filter(|(_, sock)| is_unbounded(sock)).map(|(id, _)| id).collect();
+        unbounded.into_iter().for_each(|id| self.touch(id));
     }
 
     /// A share of the buffers that are left to lend, within bounds: few flows are cheapest in large strokes, and
