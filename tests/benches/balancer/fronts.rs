@@ -24,6 +24,9 @@ pub enum Kind {
     Nginx,
     Tokio,
     TokioUring,
+    /// The least a ring can do.
+    BareRing,
+    BareRingUnix,
     /// The same upstream over a unix socket.
     EpagentUnix,
     HaproxyUnix,
@@ -58,6 +61,8 @@ impl Kind {
             Kind::Nginx => "nginx stream",
             Kind::Tokio => "naive tokio",
             Kind::TokioUring => "naive tokio-uring",
+            Kind::BareRing => "bare ring",
+            Kind::BareRingUnix => "bare ring, AF_UNIX",
             Kind::EpagentUnix => "epagent-balancer, AF_UNIX",
             Kind::HaproxyUnix => "haproxy, AF_UNIX",
             Kind::EpagentHttp => "epagent-balancer, http",
@@ -118,8 +123,10 @@ impl Kind {
                     dir = folder.display()
                 ),
             ),
-            Kind::Tokio => naive("naive-tokio", address, upstream),
-            Kind::TokioUring => naive("naive-tokio-uring", address, upstream),
+            Kind::Tokio => part("naive-tokio", address, &upstream.to_string()),
+            Kind::TokioUring => part("naive-tokio-uring", address, &upstream.to_string()),
+            Kind::BareRing => part("bare-ring", address, &upstream.to_string()),
+            Kind::BareRingUnix => part("bare-ring", address, &format!("unix:{}", unix.display())),
         };
         let log =
             std::fs::File::create(folder.join(format!("{self:?}.log"))).map_or(Stdio::null(), Stdio::from);
@@ -207,9 +214,10 @@ fn load_program() -> PathBuf {
     PathBuf::from(env!("CARGO_BIN_EXE_epagent-load"))
 }
 
-fn naive(part: &str, address: SocketAddr, upstream: SocketAddr) -> Command {
+/// A front that is a part of this program.
+fn part(name: &str, address: SocketAddr, upstream: &str) -> Command {
     let mut command = pinned(super::FRONT_CPU, &own_program());
-    command.args([part, &address.to_string(), &upstream.to_string()]);
+    command.args([name, &address.to_string(), upstream]);
     command
 }
 

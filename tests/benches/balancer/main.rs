@@ -1,4 +1,5 @@
-//! `make bench-balancer`: what the balancer costs beside HAProxy, nginx and two naive proxies.
+//! `make bench-balancer`: what the balancer costs beside HAProxy, nginx, two naive proxies, and a ring that does
+//! nothing else.
 //!
 //! ```text
 //!   load (this process) ──▶ one of the fronts ──▶ backend      all on loopback
@@ -14,11 +15,10 @@
 //! part of the names of the scenarios wanted, `EPAGENT_BENCH_IDLE` how many idle connections there are. Every round
 //! is printed, the losing ones too.
 
-#![forbid(unsafe_code)]
-
 mod fronts;
 mod naive;
 mod report;
+mod ring;
 mod scenarios;
 
 use std::process::ExitCode;
@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         // Parts of the bench that are processes of their own.
         ["naive-tokio", listen, upstream] => naive::tokio_proxy(listen, upstream),
         ["naive-tokio-uring", listen, upstream] => naive::tokio_uring_proxy(listen, upstream),
+        ["bare-ring", listen, upstream] => ring::proxy(listen, upstream),
         // cargo says --bench.
         _ => return scenarios::run_all(),
     }

@@ -33,6 +33,7 @@ struct Scenario {
 const TCP: &[Kind] = &[
     Kind::Haproxy,
     Kind::Epagent,
+    Kind::BareRing,
     Kind::EpagentEpoll,
     Kind::HaproxySplice,
     Kind::Nginx,
@@ -49,7 +50,8 @@ const BULK: &[Kind] = &[
     Kind::Tokio,
     Kind::TokioUring,
 ];
-const UNIX: &[Kind] = &[Kind::HaproxyUnix, Kind::EpagentUnix, Kind::Haproxy, Kind::Epagent];
+const UNIX: &[Kind] =
+    &[Kind::HaproxyUnix, Kind::EpagentUnix, Kind::BareRingUnix, Kind::Haproxy, Kind::Epagent];
 const HTTP: &[Kind] = &[Kind::HaproxyHttp, Kind::EpagentHttp, Kind::NginxHttp];
 const IDLE: &[Kind] =
     &[Kind::Haproxy, Kind::Epagent, Kind::EpagentEpoll, Kind::Nginx, Kind::Tokio, Kind::TokioUring];
