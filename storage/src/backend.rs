@@ -17,7 +17,7 @@ pub(crate) struct Fence {
     /// The backend's name for it, if it has one before the tree exists.
     pub(crate) group: Option<u64>,
     /// Held until the tree is inside, so that nobody tidies the still empty group away.
-    pub(crate) _guard: Option<OwnedFd>,
+    pub(crate) _guard: OwnedFd,
 }
 
 pub(crate) trait Backend: fmt::Debug {

@@ -93,8 +93,9 @@ impl Default for QuotaPolicy {
 pub enum QuotaMode {
     /// Simple quotas: every extent belongs to the subvolume that wrote it; nested subvolumes inherit the fence.
     Simple,
-    /// Ordinary qgroups, the fallback below 6.7. Limits hold per subvolume, the reserve is not enforced, and a tenant
-    /// who could create nested subvolumes would escape: the jail must refuse him the btrfs ioctls 1, 14, 23 and 24.
+    /// Ordinary qgroups, the fallback below 6.7. Limits hold per subvolume, the reserve is kept from new objects only,
+    /// and a tenant who could create nested subvolumes would escape: the jail must refuse him the btrfs ioctls 1, 14,
+    /// 23 and 24.
     Ordinary,
 }
 

@@ -14,8 +14,12 @@ fn a_loop_file_pool_comes_up_and_goes_without_a_trace() {
     let site = Site::new();
     let pool = site.open();
     assert!(pool.facts().created);
-    assert_eq!(pool.facts().quota_mode, QuotaMode::Simple);
-    assert_eq!(pool.facts().remarks, Vec::<String>::new());
+    assert_eq!(pool.facts().quota_mode, expected_quotas());
+    let remarks = &pool.facts().remarks;
+    match expected_quotas() {
+        QuotaMode::Simple => assert_eq!(*remarks, Vec::<String>::new()),
+        QuotaMode::Ordinary => assert!(remarks.join("; ").contains("ordinary qgroups"), "{remarks:?}"),
+    }
     let device = site.loop_devices().pop().unwrap();
     let number = fs::read_to_string(format!("/sys/block/{device}/dev")).unwrap();
     let disks: Vec<String> =
@@ -173,8 +177,9 @@ fn a_shared_btrfs_without_quotas_is_only_changed_when_allowed() {
     let refused = Pool::open_or_create(&config).unwrap_err();
     assert!(matches!(refused, Error::QuotaOff { .. }), "{refused}");
     config.quota.enable_on_existing = true;
+    config.quota.mode = wanted_quotas();
     let pool = Pool::open_or_create(&config).unwrap();
-    assert_eq!(pool.facts().quota_mode, QuotaMode::Simple);
+    assert_eq!(pool.facts().quota_mode, expected_quotas());
     let remarks = pool.facts().remarks.join("; ");
     for word in ["nosuid", "nodev", "chunks apart"] {
         assert!(remarks.contains(word), "{remarks}");

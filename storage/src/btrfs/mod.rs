@@ -15,8 +15,8 @@
 //! base's group until the last clone is gone; a group with nothing inside is collected later.
 //!
 //! The fallback below 6.7 is ordinary qgroups. There a clone cannot join a group without a recount, so limits sit on
-//! the subvolumes themselves (exclusive bytes for clones) and there is no group for all tenants; nested subvolumes and
-//! reflinks escape them, so whoever runs tenants on such a kernel must refuse them the ioctls 0x9401, 0x940e, 0x9417
+//! the subvolumes themselves (exclusive bytes for clones) and there is no group for all tenants: nothing new is made once
+//! only the reserve is left, but what there is can write into it. Nested subvolumes and reflinks escape the limits, so whoever runs tenants on such a kernel must refuse them the ioctls 0x9401, 0x940e, 0x9417
 //! and 0x9418 (snapshot and subvolume creation). Its counts can become inconsistent, which [`Backend::quota_health`]
 //! reports.
 

@@ -19,6 +19,8 @@ use crate::sys::{
 use crate::types::{Quota, QuotaMode, Usage};
 
 const LEVEL_SHIFT: u32 = 48;
+/// Ids of subvolumes are those of groups of level 0.
+const SUBVOLUMES_MAX: u64 = (1 << LEVEL_SHIFT) - 1;
 const NUMBER_SHIFT: u32 = 24;
 const NUMBER_MASK: u64 = (1 << NUMBER_SHIFT) - 1;
 /// How many groups may be taken from under us while we make one.
@@ -114,11 +116,12 @@ impl Btrfs {
     }
 
     pub(super) fn new_group(&self, quota: Quota) -> Result<Fence> {
+        let guard = self.lock_groups(FlockOperation::LockShared)?;
         if self.mode != QuotaMode::Simple {
-            return Ok(Fence { quota, group: None, _guard: None });
+            self.refuse_the_reserve()?;
+            return Ok(Fence { quota, group: None, _guard: guard });
         }
         let failed = |e| Error::io("make a quota group in", super::POOL, e);
-        let guard = self.lock_groups(FlockOperation::LockShared)?;
         let (first, last) = group_range(self.number);
         let taken = groups(&self.root, self.number)?;
         let mut id = match taken.last() {
@@ -136,7 +139,7 @@ impl Btrfs {
         }
         sys::qgroup_limit(&self.root, id, Counted::Referenced, quota.limit_bytes).map_err(failed)?;
         sys::qgroup_assign(&self.root, id, tenants_id(self.number)).map_err(failed)?;
-        Ok(Fence { quota, group: Some(id), _guard: Some(guard) })
+        Ok(Fence { quota, group: Some(id), _guard: guard })
     }
 
     /// A descriptor of its own for each lock, since a flock belongs to the open file.
@@ -195,8 +198,27 @@ impl Btrfs {
         self.group_usage(self.limiting_group(tree)?)
     }
 
+    /// What all tenants use of what they may. Ordinary quota groups have none for all of them: then it is whatever
+    /// the file system holds.
     pub(super) fn tenants_usage(&self) -> Result<Usage> {
-        self.group_usage(tenants_id(self.number))
+        if self.mode == QuotaMode::Simple {
+            return self.group_usage(tenants_id(self.number));
+        }
+        let space =
+            rustix::fs::fstatvfs(&self.root).map_err(|e| Error::io("read the size of", super::POOL, e))?;
+        let used_bytes = space.f_blocks.saturating_sub(space.f_bfree) * space.f_frsize;
+        Ok(Usage { used_bytes, limit_bytes: self.tenant_limit_bytes()? })
+    }
+
+    /// Without a group that holds what runs to the reserve, it is at least kept from what is new.
+    fn refuse_the_reserve(&self) -> Result<()> {
+        let usage = self.tenants_usage()?;
+        match usage.used_bytes < usage.limit_bytes {
+            true => Ok(()),
+            false => {
+                Err(Error::io("use the reserve of", super::POOL, io::Error::from_raw_os_error(libc::ENOSPC)))
+            }
+        }
     }
 
     fn group_usage(&self, group: u64) -> Result<Usage> {
@@ -214,12 +236,15 @@ impl Btrfs {
 
     /// Removes groups of this pool that hold no subvolume and no bytes any more. Skipped while somebody makes one.
     pub(super) fn collect_groups(&self) -> Result<u32> {
-        if self.mode != QuotaMode::Simple {
-            return Ok(0);
-        }
         let Ok(_guard) = self.lock_groups(FlockOperation::NonBlockingLockExclusive) else { return Ok(0) };
-        let living = self.living_subvolumes()?;
         let mut removed = 0;
+        if self.mode != QuotaMode::Simple {
+            for group in self.stale_groups()? {
+                removed += u32::from(gone(sys::qgroup_remove(&self.root, group))?);
+            }
+            return Ok(removed);
+        }
+        let living = self.living_subvolumes()?;
         for group in groups(&self.root, self.number)? {
             if self.collect_group(group, &living)? {
                 removed += 1;
@@ -228,10 +253,20 @@ impl Btrfs {
         Ok(removed)
     }
 
+    /// Groups of subvolumes that are gone, which older kernels leave behind. Ids are given in order, and a
+    /// subvolume has its group a moment before it is found, so of the newest nothing is said.
+    fn stale_groups(&self) -> Result<Vec<u64>> {
+        let groups = search(&self.root, (0, 0), KEY_QGROUP_INFO, (sys::FIRST_FREE_OBJECTID, SUBVOLUMES_MAX))?;
+        let living = self.living_subvolumes()?;
+        let newest = living.iter().max().copied().unwrap_or_default();
+        let ids = groups.iter().map(|item| item.offset);
+        Ok(ids.filter(|id| *id < newest && !living.contains(id)).collect())
+    }
+
     fn living_subvolumes(&self) -> Result<HashSet<u64>> {
         let range = KeyRange {
             tree: TREE_ROOT,
-            objectid: (sys::FIRST_FREE_OBJECTID, 1 << LEVEL_SHIFT),
+            objectid: (sys::FIRST_FREE_OBJECTID, SUBVOLUMES_MAX),
             kind: KEY_ROOT_ITEM,
             offset: (0, u64::MAX),
         };

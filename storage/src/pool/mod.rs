@@ -305,7 +305,7 @@ fn remarks(engine: &Engine, health: QuotaHealth, mode: QuotaMode) -> Result<Vec<
     }
     if mode == QuotaMode::Ordinary {
         remarks.push(
-            "ordinary qgroups: the reserve is not enforced, and nested subvolumes escape limits".into(),
+            "ordinary qgroups: the reserve is kept from new objects only, and nested subvolumes escape limits".into(),
         );
     }
     Ok(remarks)

@@ -86,7 +86,37 @@ pub fn config_in(dir: &Path) -> PoolConfig {
     let mut config = PoolConfig::loop_file(dir.join("pool.btrfs"), dir.join("pool"), POOL_BYTES);
     config.reserve_bytes = Some(RESERVE_BYTES);
     config.lock_wait_ms = 0;
+    config.quota.mode = wanted_quotas();
     config
+}
+
+/// The quotas to test with, where the kernel has better ones too: `EPAGENT_TEST_QUOTAS=ordinary`.
+pub fn wanted_quotas() -> Option<QuotaMode> {
+    match std::env::var("EPAGENT_TEST_QUOTAS").as_deref() {
+        Ok("ordinary") => Some(QuotaMode::Ordinary),
+        Ok(other) => panic!("EPAGENT_TEST_QUOTAS={other}: there is only \"ordinary\" to ask for"),
+        Err(_) => None,
+    }
+}
+
+/// The quotas that a pool of this kernel gets.
+pub fn expected_quotas() -> QuotaMode {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    match version >= (6, 7) {
+        true => wanted_quotas().unwrap_or(QuotaMode::Simple),
+        false => QuotaMode::Ordinary,
+    }
+}
+
+/// Whether a pool has simple quotas; says what is not shown where it has not.
+pub fn has_simple_quotas(pool: &Pool, what: &str) -> bool {
+    let simple = pool.facts().quota_mode == QuotaMode::Simple;
+    if !simple {
+        println!("SKIPPED: no simple quotas (Linux 6.7): {what}");
+    }
+    simple
 }
 
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
