@@ -140,9 +140,9 @@ fn it_has_no_power_over_the_kernel() {
         "chroot / true",
         "dmesg",
         "sysctl -w kernel.hostname=changed",
-        // Where the kernel has it, the null device lies over it, and takes what is written.
+        // Where the kernel has them, the null device lies over them: it takes what is written and gives nothing.
         "test ! -c /proc/sysrq-trigger && echo h > /proc/sysrq-trigger",
-        "head -c1 /proc/kcore",
+        "head -c1 /proc/kcore | grep -q .",
         "echo 1 > /proc/sys/kernel/panic",
         "ip link add probe type dummy",
         "losetup -f",

@@ -143,6 +143,8 @@ fn installed_it_serves_again_after_a_reboot_and_leaves_nothing(release: Release)
     let before = vm.succeed("ls /etc /etc/systemd/system /usr/lib /var/lib /run");
     set_up(&vm);
     vm.fail("epagent init").fails(1, &["already_set_up"]);
+    // Handed over by systemd; the agent has made none of its own.
+    vm.succeed("test -f /etc/epagent/credentials/key && test ! -e /var/lib/epagent/brain/key");
     vm.succeed("systemd-analyze verify --man=no /usr/lib/systemd/system/epagent*");
     for unit in ["epagentd", "epagent-balancer", "epagent-lease"] {
         vm.succeed(&format!("systemd-analyze security --no-pager --threshold=15 {unit}"));

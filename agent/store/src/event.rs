@@ -124,7 +124,9 @@ mod tests {
     #[tokio::test]
     async fn old_events_go() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("state.db"), &dir.path().join("key")).await.unwrap();
+        let store = Store::open(&dir.path().join("state.db"), &crate::KeyFile::Own(dir.path().join("key")))
+            .await
+            .unwrap();
         // In one transaction, since each of its own would cost a sync.
         let mut tx = store.write("record many events").await.unwrap();
         for n in 0..EVENTS_MAX + 2 * PRUNE_EVERY + 50 {

@@ -10,6 +10,9 @@
 //! ```
 //!
 //! The file is written under another name, synced and then linked: under its own name it is complete or not there.
+//!
+//! Where systemd hands the key over as a credential, it is read and never made: a state without it is refused, whether
+//! something was sealed or not.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
@@ -28,6 +31,15 @@ const KEY_BYTES: usize = 32;
 const NONCE_BYTES: usize = 24;
 const CHECK_CONTEXT: &[u8] = b"epagent key check";
 
+/// Where the key comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeyFile {
+    /// A file of our own, made on the first call.
+    Own(PathBuf),
+    /// A credential that the service manager shows to this process alone (systemd.exec(5), LoadCredential=).
+    Given(PathBuf),
+}
+
 /// Holds the key, which the cipher wipes when it is dropped.
 pub struct Key(XChaCha20Poly1305);
 
@@ -38,23 +50,37 @@ pub(crate) struct Sealed {
     pub sealed: Vec<u8>,
 }
 
+impl KeyFile {
+    fn path(&self) -> &Path {
+        let (KeyFile::Own(path) | KeyFile::Given(path)) = self;
+        path
+    }
+}
+
 impl Key {
-    /// Reads the key file, or makes it when nothing was sealed yet.
-    pub(crate) async fn open(path: &Path, writer: &SqlitePool) -> Result<Key> {
+    /// Reads the key file, or makes it when it is ours and nothing was sealed yet.
+    pub(crate) async fn open(file: &KeyFile, writer: &SqlitePool) -> Result<Key> {
         const OPERATION: &str = "read the check of the key";
         let check: Option<(Vec<u8>, Vec<u8>)> = sqlx::query_as("SELECT nonce, sealed FROM key_check")
             .fetch_optional(writer)
             .await
             .during(OPERATION)?;
-        remove_unfinished(path)?;
-        let key = match (read(path)?, &check) {
-            (Some(key), _) => key,
-            (None, None) => {
-                create(path)?;
+        let path = file.path();
+        let missing = || StoreError::KeyMissing { path: path.to_owned() };
+        let key = match (file, &check) {
+            (KeyFile::Given(_), _) => read(path, Guard::Manager)?.ok_or_else(missing)?,
+            (KeyFile::Own(_), check) => {
                 remove_unfinished(path)?;
-                read(path)?.ok_or_else(|| StoreError::KeyMissing { path: path.to_owned() })?
+                match (read(path, Guard::Mode)?, check) {
+                    (Some(key), _) => key,
+                    (None, Some(_)) => return Err(missing()),
+                    (None, None) => {
+                        create(path)?;
+                        remove_unfinished(path)?;
+                        read(path, Guard::Mode)?.ok_or_else(missing)?
+                    }
+                }
             }
-            (None, Some(_)) => return Err(StoreError::KeyMissing { path: path.to_owned() }),
         };
         match check {
             Some((nonce, sealed)) => {
@@ -94,7 +120,15 @@ impl Key {
     }
 }
 
-fn read(path: &Path) -> Result<Option<Key>> {
+/// What keeps others from reading the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Guard {
+    Mode,
+    /// A folder that only this service can enter. Files in it may have a mask of an access list in their mode.
+    Manager,
+}
+
+fn read(path: &Path, guard: Guard) -> Result<Option<Key>> {
     let failed = |source| StoreError::File { operation: "read the key file", path: path.to_owned(), source };
     let refused = |reason| StoreError::KeyFile { path: path.to_owned(), reason };
     let file = match File::open(path) {
@@ -106,7 +140,7 @@ fn read(path: &Path) -> Result<Option<Key>> {
     if !metadata.is_file() {
         return Err(refused("is not a file"));
     }
-    if metadata.mode() & 0o077 != 0 {
+    if guard == Guard::Mode && metadata.mode() & 0o077 != 0 {
         return Err(refused(
             "can be read by others than its owner: chmod 0600 it, and set the secrets anew if it was read",
         ));

@@ -57,6 +57,7 @@ pub use deploy::{Deploy, DeployKind, DeployStep, NewDeploy, Target};
 pub use error::{Result, StoreError};
 pub use event::Event;
 pub use instance::{Instance, NewInstance};
+pub use key::KeyFile;
 pub use open::Schema;
 pub use release::{Release, ReleaseState};
 pub use route::{RouteDrain, RouteWord, Said};

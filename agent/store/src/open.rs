@@ -20,7 +20,7 @@ use sqlx::{ConnectOptions, SqlitePool};
 use tokio::sync::watch;
 
 use crate::error::During;
-use crate::key::Key;
+use crate::key::{Key, KeyFile};
 use crate::{Result, Store, StoreError};
 
 /// Connections that read while the writer writes.
@@ -58,9 +58,9 @@ impl Schema {
 impl Store {
     /// Opens the state, makes it on the first call, migrates it when it is older.
     ///
-    /// The key file is made on the first call as well, and never again: state whose key is gone is refused, since
-    /// a new key would lose every secret without a word.
-    pub async fn open(path: &Path, key_path: &Path) -> Result<Store> {
+    /// A key file of our own is made on the first call as well, and never again: state whose key is gone is refused,
+    /// since a new key would lose every secret without a word.
+    pub async fn open(path: &Path, key: &KeyFile) -> Result<Store> {
         create_private(path)?;
         let options = SqliteConnectOptions::new()
             .filename(path)
@@ -75,7 +75,7 @@ impl Store {
             .disable_statement_logging();
         let writer = pool(options.clone(), 1).await.during("open the state for writing")?;
         let schema = migrate(path, &writer).await?;
-        let key = Arc::new(Key::open(key_path, &writer).await?);
+        let key = Arc::new(Key::open(key, &writer).await?);
         let readers = pool(options.read_only(true), READERS).await.during("open the state for reading")?;
         let newest: Option<i64> = sqlx::query_scalar("SELECT max(id) FROM events")
             .fetch_one(&readers)
@@ -162,7 +162,8 @@ mod tests {
     #[tokio::test]
     async fn every_connection_is_as_durable_and_strict_as_promised() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("state.db"), &dir.path().join("key")).await.unwrap();
+        let store =
+            Store::open(&dir.path().join("state.db"), &KeyFile::Own(dir.path().join("key"))).await.unwrap();
         // The numbers of SQLite's documentation: synchronous 2 is FULL.
         for (pragma, value) in [
             ("PRAGMA synchronous", "2"),

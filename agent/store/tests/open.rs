@@ -4,7 +4,7 @@ mod support;
 
 use std::os::unix::fs::PermissionsExt;
 
-use epagent_store::{SecretValue, StoreError};
+use epagent_store::{KeyFile, SecretValue, Store, StoreError};
 use support::{Home, app, open};
 
 #[tokio::test]
@@ -79,6 +79,22 @@ async fn state_without_its_key_is_refused_and_no_key_is_made() {
     assert!(error.contains("can be read by others"), "{error}");
     write_key(&key, &bytes, 0o600);
     open(home.dir.path()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_key_that_is_given_is_read_and_never_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, key) = (dir.path().join("state.db"), dir.path().join("given"));
+    let given = KeyFile::Given(key.clone());
+    assert!(matches!(Store::open(&state, &given).await, Err(StoreError::KeyMissing { .. })));
+    assert!(!key.exists());
+    // A credential's mode shows the mask of its access list.
+    write_key(&key, &[7; 32], 0o440);
+    Store::open(&state, &given).await.unwrap().close().await;
+    Store::open(&state, &given).await.unwrap().close().await;
+    std::fs::remove_file(&key).unwrap();
+    write_key(&key, &[8; 32], 0o440);
+    assert!(matches!(Store::open(&state, &given).await, Err(StoreError::KeyWrong { .. })));
 }
 
 #[tokio::test]

@@ -30,7 +30,7 @@ mod waking;
 mod world;
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -38,7 +38,7 @@ use clap::Parser;
 use epagent::activation::{ActivationError, Inherited};
 use epagent_conf::ConfError;
 use epagent_log::Recent;
-use epagent_store::{Store, StoreError};
+use epagent_store::{KeyFile, Store, StoreError};
 use epagent_wire::runner::Event;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, broadcast, mpsc};
@@ -144,10 +144,23 @@ fn start(arguments: Arguments, recent: Recent) -> Result<(), StartError> {
     })
 }
 
+/// The name of the key among the credentials: `ID_FILE` of a folder, systemd.exec(5).
+const KEY_CREDENTIAL: &str = "epagent_key";
+
+/// The key that seals secrets: systemd's to hand over where `epagent init` made it, else one of our own.
+fn key_file(config: &Config) -> KeyFile {
+    let given =
+        std::env::var_os("CREDENTIALS_DIRECTORY").map(|folder| Path::new(&folder).join(KEY_CREDENTIAL));
+    match given.filter(|path| path.exists()) {
+        Some(path) => KeyFile::Given(path),
+        None => KeyFile::Own(config.state_dir.join("key")),
+    }
+}
+
 /// Opens the state, links to runner and balancer, and starts every loop.
 async fn assemble(config: Config, recent: Recent) -> Result<Apps, StartError> {
     let config = Arc::new(config);
-    let store = Store::open(&config.state_dir.join("state.db"), &config.state_dir.join("key")).await?;
+    let store = Store::open(&config.state_dir.join("state.db"), &key_file(&config)).await?;
     let unfinished: Vec<_> = store.deploys_unfinished().await?.into_iter().map(|deploy| deploy.id).collect();
     uploads::sweep(&config, &unfinished)
         .map_err(|source| StartError::Io { attempted: "clearing old uploads", source })?;

@@ -9,7 +9,7 @@ use epagent_core::name::{AppName, DeployId};
 use epagent_core::phase::Phase;
 use epagent_core::spec::{AppSpec, Check, HealthSpec, Limits, ProcessSpec, StopSpec, Strategy};
 use epagent_core::verdict::Verdict;
-use epagent_store::{Deploy, DeployKind, NewDeploy, Result, Store, Target};
+use epagent_store::{Deploy, DeployKind, KeyFile, NewDeploy, Result, Store, Target};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -44,7 +44,7 @@ impl Home {
 }
 
 pub async fn open(dir: &Path) -> Result<Store> {
-    Store::open(&dir.join("state.db"), &dir.join("key")).await
+    Store::open(&dir.join("state.db"), &KeyFile::Own(dir.join("key"))).await
 }
 
 pub fn app(name: &str) -> AppName {

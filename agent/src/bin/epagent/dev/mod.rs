@@ -135,7 +135,7 @@ fn write_configuration(
     for (name, text) in [("etc/runner.toml", files.runner), ("etc/epagentd.toml", files.agent)] {
         let path = layout.path(name);
         let text = format!("# Written by `epagent dev` at each start; changes here are lost.\n{text}");
-        config::replace(&path, &text).map_err(|source| DevError::Folder { path, source })?;
+        config::replace(&path, text.as_bytes(), 0o644).map_err(|source| DevError::Folder { path, source })?;
     }
     Ok(())
 }

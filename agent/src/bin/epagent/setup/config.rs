@@ -158,10 +158,10 @@ fn agent<'a>(inputs: &'a Inputs<'a>) -> AgentToml<'a> {
 }
 
 /// Puts a file in its place, whole or not at all.
-pub fn replace(path: &Path, text: &str) -> io::Result<()> {
+pub fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let next = path.with_extension("next");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&next)?;
-    file.write_all(text.as_bytes())?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&next)?;
+    file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&next, path)
 }

@@ -1,7 +1,7 @@
 //! `epagent init`: makes an installed machine a node. It is run once, asks nothing, and says what it chose.
 //!
 //! ```text
-//!   check the host ─▶ choose (size of the pool, node number) ─▶ /etc/epagent/epagentd.toml
+//!   check the host ─▶ choose (size of the pool, node number) ─▶ the key of the secrets ─▶ /etc/epagent/epagentd.toml
 //!     ─▶ the balancer's addresses ─▶ /etc/epagent/runner.toml ─▶ systemctl enable --now ─▶ the agent answers
 //! ```
 //!
@@ -9,8 +9,9 @@
 //! run again. One that is through refuses to run again, since a second pool or other ids would lose every app.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -30,6 +31,9 @@ const ETC: &str = "/etc/epagent";
 const LIB: &str = "/usr/lib/epagent";
 const STATE: &str = "/var/lib/epagent";
 const RUN: &str = "/run/epagent";
+/// Root's alone; systemd shows it to the agent (LoadCredential= in epagentd.service).
+const KEY: &str = "/etc/epagent/credentials/key";
+const KEY_BYTES: usize = 32;
 /// Takes the place of the addresses in epagent-balancer.socket.
 const LISTEN_DROP_IN: &str = "/etc/systemd/system/epagent-balancer.socket.d/50-listen.conf";
 /// The delegated cgroup of epagent-instances.service, and the folder in it that is the runner's.
@@ -129,6 +133,7 @@ fn init(args: &InitArgs) -> Result<(), InitError> {
         build_env: &env.passed,
     })
     .map_err(InitError::Toml)?;
+    make_key()?;
     write(&Path::new(ETC).join("epagentd.toml"), &with_header(&files.agent))?;
     if !args.listen.is_empty() {
         write(Path::new(LISTEN_DROP_IN), &drop_in(&args.listen))?;
@@ -210,7 +215,23 @@ fn write(path: &Path, text: &str) -> Result<(), InitError> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).map_err(failed)?;
     }
-    config::replace(path, text).map_err(failed)
+    config::replace(path, text.as_bytes(), 0o644).map_err(failed)
+}
+
+/// The key that seals the apps' secrets. One that an earlier life of this machine has left is kept: what was sealed
+/// with it may be there too.
+fn make_key() -> Result<(), InitError> {
+    let path = Path::new(KEY);
+    if path.exists() || Path::new(STATE).join("brain/key").exists() {
+        return Ok(());
+    }
+    let failed = |source| InitError::Write { path: path.to_owned(), source };
+    let mut key = [0; KEY_BYTES];
+    fs::File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut key)).map_err(failed)?;
+    if let Some(folder) = path.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+    }
+    config::replace(path, &key, 0o600).map_err(failed)
 }
 
 fn systemctl(arguments: &[&str]) -> Result<(), InitError> {
@@ -240,7 +261,7 @@ fn answers() -> io::Result<bool> {
     stream.set_read_timeout(Some(ANSWER_MAX))?;
     stream.write_all(b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
     let mut head = [0; 12];
-    io::Read::read_exact(&mut stream, &mut head)?;
+    stream.read_exact(&mut head)?;
     Ok(head.starts_with(b"HTTP/1.1 200"))
 }
 

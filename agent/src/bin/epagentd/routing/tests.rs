@@ -4,7 +4,7 @@ use std::path::Path;
 
 use epagent_core::route::Word;
 use epagent_core::spec::RouteMatch;
-use epagent_store::Said;
+use epagent_store::{KeyFile, Said};
 use epagent_wire::table::{self, Action, Hold, Match, Request, Response, Status};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixListener;
@@ -68,7 +68,9 @@ struct World {
 impl World {
     async fn new(apps: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(&folder.path().join("state.db"), &folder.path().join("key")).await.unwrap();
+        let store = Store::open(&folder.path().join("state.db"), &KeyFile::Own(folder.path().join("key")))
+            .await
+            .unwrap();
         for name in apps {
             store.app_ensure(&app(name), 1).await.unwrap();
         }
