@@ -253,14 +253,18 @@ impl Btrfs {
         Ok(removed)
     }
 
-    /// Groups of subvolumes that are gone, which older kernels leave behind. Ids are given in order, and a
-    /// subvolume has its group a moment before it is found, so of the newest nothing is said.
+    /// Groups of subvolumes that are gone, which older kernels leave behind. A subvolume has its group a moment before
+    /// it is found, in one transaction: what is not found after that has been committed is gone.
     fn stale_groups(&self) -> Result<Vec<u64>> {
         let groups = search(&self.root, (0, 0), KEY_QGROUP_INFO, (sys::FIRST_FREE_OBJECTID, SUBVOLUMES_MAX))?;
-        let living = self.living_subvolumes()?;
-        let newest = living.iter().max().copied().unwrap_or_default();
-        let ids = groups.iter().map(|item| item.offset);
-        Ok(ids.filter(|id| *id < newest && !living.contains(id)).collect())
+        let mut stale: Vec<u64> = groups.iter().map(|item| item.offset).collect();
+        let is_gone = |living: HashSet<u64>| move |id: &u64| !living.contains(id);
+        stale.retain(is_gone(self.living_subvolumes()?));
+        if !stale.is_empty() {
+            sys::commit(&self.root).map_err(|e| Error::io("commit", super::POOL, e))?;
+            stale.retain(is_gone(self.living_subvolumes()?));
+        }
+        Ok(stale)
     }
 
     fn living_subvolumes(&self) -> Result<HashSet<u64>> {
