@@ -1,7 +1,7 @@
 # make setup   install what is missing on a Debian machine (needs root)
 # make build   all binaries, in target/dist
 # make demo    deploy an app, redeploy it under load, stay up until Ctrl-C; ONCE=1 ends by itself
-# make test    everything: formatting, lints, every test (needs root) [VM=short: some in throwaway VMs too]
+# make test    everything: formatting, lints, every test, some in throwaway VMs (needs root) [VM=none: without those]
 # make soak    the end-to-end suites with long loads, an hour of churn, a million simulations [SEEDS=N]
 # make vm-test  the suites in throwaway VMs [T=part of a name]; vm-shell, vm-pair: machines to look around in [R=release]
 # make bench   every benchmark; bench-balancer: the balancer beside HAProxy, nginx and naive proxies
@@ -75,8 +75,8 @@ lint: rust
 	  cargo clippy --profile $(PROFILE) --workspace --all-targets $(if $(CI),-- -D warnings); \
 	else echo "no clippy here: not checked"; fi
 
-# VM=short: the shorter ones of the tests in throwaway machines as well, some ten minutes where they are emulated.
-VM := none
+# With the shorter ones of the tests in throwaway machines, some five minutes where they are emulated; VM=none is without.
+VM := short
 test: root setup build lint $(if $(filter none,$(VM)),,setup-vm test-deb)
 	@cargo nextest --version >/dev/null 2>&1 || cargo install cargo-nextest --locked
 	$(ROOT_SUITES) EPAGENT_TEST_VM=$(VM) EPAGENT_DEBS=$(abspath target/test-deb) \

@@ -1,7 +1,7 @@
 //! The packages on fresh machines: installed, set up, served from, cut off, upgraded under load, removed.
 //!
-//! Only with `EPAGENT_TEST_VM` and packages in `target/deb` (or `EPAGENT_DEBS`): `make test VM=short` runs those on
-//! trixie, `make vm-test [T=name]` all.
+//! Only with `EPAGENT_TEST_VM` and packages in `target/deb` (or `EPAGENT_DEBS`): `make test` runs those on trixie,
+//! `make vm-test [T=name]` all.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! Throwaway machines, and epagent on them: systemd as the first process, cgroup v2 alone, kernels 6.12 and 6.1.
 //!
-//! Only with `EPAGENT_TEST_VM`, since an emulated machine takes minutes for what takes seconds here: `make test
-//! VM=short` runs a few of these, `make vm-test [T=name]` all.
+//! Only with `EPAGENT_TEST_VM`, since an emulated machine takes minutes for what takes seconds here: `make test` runs a
+//! few of these (`VM=none`: none), `make vm-test [T=name]` all.
 
 use std::time::Duration;
 
