@@ -64,6 +64,9 @@ impl Peer {
     /// A turn: takes some of what has come, and says something.
     pub fn act(&mut self, rng: &mut Rng, wire: &mut Wire) {
         if self.is_over || wire.reset || !rng.one_in(2) {
+            // What reaches a socket that is closed is answered so.
+            wire.reset |=
+                self.is_over && self.manner == Manner::Leaves && wire.to_client.len() == wire.window;
             self.is_over |= wire.reset;
             return;
         }

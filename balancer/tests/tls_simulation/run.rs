@@ -96,7 +96,8 @@ impl Run {
         let (there, back) = (pattern(seed, rng.below(most)), pattern(seed + 1, rng.below(most)));
         let wire = Wire {
             window: if byte_by_byte { 1 + rng.below(40) } else { 64 + rng.below(100_000) },
-            piece: if byte_by_byte { 1 } else { 1 + rng.below(16_384) },
+            // Where there is much to say, not by so little at a time that the steps run out.
+            piece: if byte_by_byte { 1 } else { 16 + rng.below(16_384) },
             ..Wire::default()
         };
         let config = setting.clients[rng.below(2)].clone();
