@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use io_uring::types::{BufRingEntry, Fd};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, Shutdown, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{Backlog, MsgFlags, Shutdown, listen, setsockopt, shutdown, sockopt};
 
 const GROUP: u16 = 0;
 const BUFFERS: u16 = 1024;
@@ -27,9 +27,10 @@ const ACCEPT: u64 = u64::MAX;
 /// Marks that of a send, which there is only when it failed.
 const SEND: u64 = u64::MAX - 1;
 
-/// Passes bytes between clients and the upstream, an address or `unix:PATH`, until it is killed.
-pub fn proxy(listen: &str, upstream: &str) {
-    let listener = TcpListener::bind(listen).expect("a listener");
+/// Passes bytes and ends between clients and the upstream, an address or `unix:PATH`, until it is killed.
+pub fn proxy(address: &str, upstream: &str) {
+    let listener = TcpListener::bind(address).expect("a listener");
+    listen(&listener, Backlog::MAXCONN).expect("a longer queue");
     setsockopt(&listener, sockopt::TcpNoDelay, &true).expect("an option that accepted sockets inherit");
     let mut front = Front::new(listener.as_raw_fd());
     front.push(&opcode::AcceptMulti::new(Fd(front.listener)).build().user_data(ACCEPT));
@@ -99,10 +100,10 @@ impl Front {
         let result = completion.result();
         if result > 0 {
             let id = cqueue::buffer_select(completion.flags()).expect("a buffer with what came");
-            if let Some(peer) = self.peers.get(&fd).copied() {
+            if let Some(peer) = self.peers.get(&fd) {
                 let flags = (MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_WAITALL).bits();
                 let send =
-                    opcode::Send::new(Fd(peer), self.buffers.of(id), result as u32).flags(flags).build();
+                    opcode::Send::new(Fd(*peer), self.buffers.of(id), result as u32).flags(flags).build();
                 self.push(&send.flags(squeue::Flags::SKIP_SUCCESS).user_data(SEND));
             }
             self.buffers.sent.push(id);
@@ -117,18 +118,20 @@ impl Front {
         self.ended.push(fd);
     }
 
-    /// The end of one side is the end of both: the receive of the other ends by it. Not before what was sent to it.
+    /// An end is passed on, behind what was sent; sockets are closed when both have ended.
     fn end(&mut self) {
         if self.ended.is_empty() {
             return;
         }
         self.uring.submit().expect("submitting");
         for fd in std::mem::take(&mut self.ended) {
-            if let Some(peer) = self.peers.remove(&fd) {
-                self.peers.remove(&peer);
-                let _ = shutdown(peer, Shutdown::Both);
+            let Some(peer) = self.peers.remove(&fd) else { continue };
+            if self.peers.contains_key(&peer) {
+                let _ = shutdown(peer, Shutdown::Write);
+            } else {
+                close(fd);
+                close(peer);
             }
-            close(fd);
         }
     }
 

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::Backlog;
 
 /// What every request is answered with.
 pub const BODY: &[u8; 64] = b"hello from the bench backend: 64 bytes that nobody has to read..";
@@ -26,6 +27,9 @@ pub fn run(http: &str, unix: &str, bulk: &str) {
     let tcp = TcpListener::bind(http).expect("the HTTP listener");
     let _ = std::fs::remove_file(unix);
     let unix = UnixListener::bind(unix).expect("the unix listener");
+    // Hundreds of connections at once find room.
+    nix::sys::socket::listen(&tcp, Backlog::MAXCONN).expect("a longer queue");
+    nix::sys::socket::listen(&unix, Backlog::MAXCONN).expect("a longer queue");
     serve_http(tcp, unix);
 }
 
