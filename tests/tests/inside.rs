@@ -145,7 +145,7 @@ fn it_has_no_power_over_the_kernel() {
         "head -c1 /proc/kcore | grep -q .",
         "echo 1 > /proc/sys/kernel/panic",
         "ip link add probe type dummy",
-        "losetup -f",
+        "losetup -f /etc/hostname",
         "nsenter -t 1 -n true",
     ];
     for line in refused {
