@@ -143,7 +143,8 @@ impl Pool {
         self.engine.open_place(place)
     }
 
-    /// Removes an object with all that is nested inside; absent is fine.
+    /// Removes an object with all that is nested inside; absent is fine. Its quota group goes with a later sweep, when
+    /// the kernel has freed what was deleted.
     pub(crate) fn remove(&self, place: &Place) -> Result<()> {
         self.finish(&Slot::New(place.clone()))?;
         self.finish(&Slot::Old(place.clone()))?;
@@ -153,8 +154,6 @@ impl Pool {
                 other => other?,
             }
             self.engine.tidy_folder(place)?;
-            // Best effort: the kernel is still freeing what we deleted, and the next removal or sweep looks again.
-            let _ = self.engine.backend.collect_fences();
         }
         Ok(())
     }
