@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::*;
 use epagent_storage::*;
@@ -327,6 +327,7 @@ fn a_hundred_instance_roots_come_and_go_quickly() {
     }
     let removed = started.elapsed();
     println!("100 instance roots: created in {created:?}, removed in {removed:?}");
-    assert!(created.as_secs() < 10 && removed.as_secs() < 10, "{created:?} {removed:?}");
+    let longest = Duration::from_secs(10) * slowness();
+    assert!(created < longest && removed < longest, "{created:?} {removed:?}");
     pool.close().unwrap();
 }

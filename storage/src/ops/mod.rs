@@ -216,9 +216,7 @@ impl Pool {
 
     /// Throws a staging area of either kind away. Absent is fine; one whose publication had begun is published.
     pub fn staging_abort(&self, staging: &StagingId) -> Result<()> {
-        self.finish(&Slot::Stage(staging.clone()))?;
-        let _ = self.engine.backend.collect_fences();
-        Ok(())
+        self.finish(&Slot::Stage(staging.clone()))
     }
 
     /// What a staging area uses.
