@@ -289,16 +289,18 @@ fn power_cut_in_a_deploy_leaves_the_old_release_or_the_new() {
     let old = fetch(&vm, "hello.localhost");
     assert!(old.contains("version 1"), "{old}");
     vm.succeed("sed -i 's/version 1/version 2/' /root/examples/hello/version.txt; sync");
-    vm.succeed(&format!(
-        "EPAGENT_SOCKET={STATE}/admin.sock epagent deploy --detach /root/examples/hello >/dev/null 2>&1"
-    ));
+    // `d2`
+    let cut = epagent(&vm, "deploy --detach /root/examples/hello").ok();
     vm.power_cut();
     start_node(&vm);
     let fetching = "curl -sS --fail --max-time 20 -H 'Host: hello.localhost' http://127.0.0.1:8080/";
     let after = vm.wait_until_succeeds(fetching, Duration::from_secs(60));
     assert!(after.contains("version 1") || after.contains("version 2"), "{after}");
     println!("after the power cut: {}", after.trim());
-    // And it can be deployed again.
+    // The deploy that was cut goes on and ends, well or not; then it can be deployed again.
+    let watched = epagent(&vm, &format!("deploy --watch {}", cut.trim().trim_start_matches('d')));
+    println!("{watched}");
+    assert!(matches!(watched.code, Some(0 | 3)), "{watched}");
     epagent(&vm, "deploy /root/examples/hello").ok();
     assert!(fetch(&vm, "hello.localhost").contains("version 2"));
     stop_node(&vm);
