@@ -23,6 +23,7 @@ use crate::core::listen::Listen;
 use crate::core::memory::Limits;
 use crate::door::Door;
 use crate::doors::{DoorError, Doors};
+use crate::remark::Remark;
 use crate::table::{ListenerLimits, Table};
 use crate::tls::acme::Question;
 
@@ -101,7 +102,7 @@ pub struct Notices {
     /// A route of its has begun to starve. Never waits.
     pub starved: Arc<EventFd>,
     /// Lines for the log, which another thread writes; what it does not take in time is dropped.
-    pub remarks: SyncSender<String>,
+    pub remarks: SyncSender<Remark>,
     /// Questions for the files of ACME challenges, where there is a folder of them.
     pub challenges: Option<SyncSender<Question>>,
 }

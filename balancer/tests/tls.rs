@@ -27,6 +27,15 @@ fn accepting(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
     address
 }
 
+/// What a program prints, for telling why a test failed.
+fn said_by(program: &str, arguments: &[&str]) -> String {
+    let ran = Command::new(program).args(arguments).output();
+    ran.map_or_else(
+        |error| format!("{program}: {error}"),
+        |ran| String::from_utf8_lossy(&ran.stdout).into_owned(),
+    )
+}
+
 #[test]
 fn curl_speaks_both_versions_and_is_told_http_1_1() {
     let app = telling();
@@ -239,7 +248,10 @@ fn a_hundred_megabytes_pass_both_ways_to_a_slow_reader_in_bounded_memory() {
     for _ in 0..SIZE >> 20 {
         client.conn.writer().write_all(&body).expect("encrypted");
         while client.conn.wants_write() {
-            client.conn.write_tls(&mut client.sock).expect("taken");
+            if let Err(error) = client.conn.write_tls(&mut client.sock) {
+                let sockets = said_by("ss", &["-tinmpe"]);
+                panic!("{error}; {:?}\n{sockets}", secure.balancer.status());
+            }
         }
     }
     let grown = secure.balancer.resident_kib().saturating_sub(before);

@@ -5,7 +5,9 @@
 
 use epagent_balancer::control::protocol;
 use epagent_balancer::control::said::{LINES, SaidQuery};
+use epagent_balancer::remark::Remark;
 use epagent_balancer::table as theirs;
+use epagent_wire::said::Severity;
 use epagent_wire::table as ours;
 
 const STATES: [ours::UpstreamState; 3] =
@@ -137,13 +139,15 @@ fn both_sides_mean_the_same_by_a_wait() {
         protocol::Request::Said(query) => assert_eq!((query.run, query.after), (7, 9)),
         other => panic!("{sent} was understood as {other:?}"),
     }
-    LINES.push("a line");
+    LINES.push(Remark::warning("a line").with("route", "shop"));
     let said = LINES.after(SaidQuery { run: 0, after: 0 });
     let text = serde_json::to_string(&protocol::Response::Said(said.clone())).unwrap();
     match serde_json::from_str(&text).unwrap() {
         ours::Response::Said(read) => {
             assert_eq!((read.run, read.last, read.lost), (said.run, said.last, said.lost));
-            assert_eq!(read.records.last().unwrap().message, "a line");
+            let line = read.records.last().unwrap();
+            assert_eq!((line.severity, line.message.as_str()), (Severity::Warning, "a line"));
+            assert_eq!(line.fields, [("route".to_owned(), "shop".to_owned())]);
         }
         other => panic!("{text} was understood as {other:?}"),
     }

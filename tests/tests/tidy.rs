@@ -22,7 +22,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("epagent-core", &[]),
     ("epagent-wire", &["epagent-core"]),
     ("epagent-store", &["epagent-core"]),
-    ("epagent-lease", &["epagent-core", "epagent-wire"]),
+    ("epagent-lease", &["epagent-core", "epagent-log", "epagent-wire"]),
     (
         "epagent-runner",
         &[

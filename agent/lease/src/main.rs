@@ -36,17 +36,17 @@ use activation::{ActivationError, Inherited};
 const PROTOCOL: u32 = 1;
 
 fn main() -> ExitCode {
+    epagent_log::start("epagent-lease");
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut message = format!("epagent-lease: {error}");
+            let mut message = error.to_string();
             let mut cause = std::error::Error::source(&error);
             while let Some(inner) = cause {
                 message.push_str(&format!(": {inner}"));
                 cause = inner.source();
             }
-            // A closed stderr is no reason to fail differently.
-            let _ = writeln!(io::stderr(), "{message}");
+            tracing::error!("{message}");
             ExitCode::FAILURE
         }
     }
@@ -72,7 +72,7 @@ fn run() -> Result<(), LeaseError> {
     let mut inherited = Inherited::from_env()?;
     let listener = inherited.take_unix("lease")?;
     for name in inherited.names() {
-        let _ = writeln!(io::stderr(), "epagent-lease: the socket {name} is not used here");
+        tracing::warn!("the socket {name} is not used here");
     }
     drop(inherited);
     serve(&listener, &ending_signals()?)

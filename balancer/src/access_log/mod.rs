@@ -55,7 +55,7 @@ impl FromStr for Target {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         Ok(match text.split_once(':') {
             _ if text == "-" => Target::Stdout,
-            _ if text == "journald" => Target::Journal(journal::SOCKET.into()),
+            _ if text == "journald" => Target::Journal(crate::journal::SOCKET.into()),
             Some(("journald", path)) => Target::Journal(path.into()),
             _ => Target::File(text.into()),
         })

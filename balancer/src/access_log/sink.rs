@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use super::Target;
 use super::format::Format;
-use super::journal::Journal;
+use super::journal::entry;
 use crate::core::access::Access;
+use crate::journal::Journal;
 
 /// How often it is looked at whether the file at the path is still ours.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -63,7 +64,7 @@ impl Sink {
         match self {
             Sink::Stdout(out) => out.write(format, at, access),
             Sink::File { file, .. } => file.write(format, at, access),
-            Sink::Journal(journal) => u64::from(!journal.write(access)),
+            Sink::Journal(journal) => u64::from(!journal.write(&entry(access))),
         }
     }
 

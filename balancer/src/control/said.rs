@@ -6,6 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::remark::{Remark, Severity};
+
 /// Lines that are kept, and the longest of them.
 const LINES_MAX: usize = 512;
 const LINE_BYTES_MAX: usize = 1 << 10;
@@ -37,13 +39,9 @@ pub struct Record {
     pub at_us: u64,
     pub severity: Severity,
     pub message: String,
-}
-
-/// Of what is at most a change of state there is one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Severity {
-    Info,
+    /// `route`, `upstream` and whatever else it was about.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fields: Vec<(String, String)>,
 }
 
 /// The lines of this process.
@@ -60,16 +58,18 @@ struct Ring {
 }
 
 impl Lines {
-    pub fn push(&self, line: &str) {
+    pub fn push(&self, remark: Remark) {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let at_us = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
-        let message = line[..line.floor_char_boundary(LINE_BYTES_MAX)].to_owned();
+        let Remark { severity, mut message, facts } = remark;
+        message.truncate(message.floor_char_boundary(LINE_BYTES_MAX));
+        let fields = facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let mut ring = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if ring.next == 1 {
             ring.run = at_us;
         }
         ring.next += 1;
-        ring.lines.push_back(Record { at_us, severity: Severity::Info, message });
+        ring.lines.push_back(Record { at_us, severity, message, fields });
         if ring.lines.len() > LINES_MAX {
             ring.lines.pop_front();
         }
@@ -95,7 +95,7 @@ mod tests {
         let lines = Lines(Mutex::new(Ring { run: 0, next: 1, lines: VecDeque::new() }));
         let total = 2 * LINES_MAX + 10;
         for number in 1..=total {
-            lines.push(&format!("{number} {}", "ü".repeat(LINE_BYTES_MAX)));
+            lines.push(format!("{number} {}", "ü".repeat(LINE_BYTES_MAX)).into());
         }
         let (mut run, mut after, mut seen, mut lost) = (0, 0, Vec::new(), 0);
         loop {

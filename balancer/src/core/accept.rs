@@ -20,6 +20,7 @@ use super::limits::Door;
 use super::listen::Listen;
 use super::preface::Origin;
 use super::session::{Recv, Sock};
+use crate::remark::Remark;
 use crate::table::limits::ListenerLimits;
 
 /// A listener, and what is open of it.
@@ -95,8 +96,9 @@ impl Core {
         if let Some(error) = error {
             // Out of descriptors, most likely: pausing lets some be closed, and never spins.
             self.counters.accept_backoff += 1;
-            self.remarks
-                .add(self.now, || format!("cannot accept connections for a moment: {}", error.advice()));
+            self.remarks.add(self.now, || {
+                Remark::warning(format!("cannot accept connections for a moment: {}", error.advice()))
+            });
             self.accept_after = Some(self.now + Config::ACCEPT_BACKOFF_MS);
         }
     }

@@ -15,6 +15,7 @@ use super::choose::Reported;
 use super::engine::Core;
 use super::io::SockId;
 use super::slab::UpstreamKey;
+use crate::remark::Remark;
 
 impl Core {
     /// A client's request or connection belongs to its route from now on.
@@ -56,9 +57,11 @@ impl Core {
                 let upstream = self.upstreams.get(key).map_or("?", |upstream| &upstream.id);
                 let route = &route.id;
                 self.remarks.add(now, || {
-                    format!(
+                    Remark::warning(format!(
                         "route {route}: upstream {upstream} gets nothing for {for_ms} ms: its traffic failed"
-                    )
+                    ))
+                    .with("route", route)
+                    .with("upstream", upstream)
                 });
             }
         }

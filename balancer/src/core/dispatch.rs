@@ -18,6 +18,7 @@ use super::random;
 use super::refusal::Refusal;
 use super::session::{Phase, Role, Sock, UpPhase, UpstreamConn, Wait};
 use super::slab::{RouteKey, UpstreamKey};
+use crate::remark::Remark;
 use crate::table::{Address, AllDown, HashBy};
 
 impl Core {
@@ -131,8 +132,9 @@ impl Core {
         if error.is_shortage() {
             // Trying again at once would fail again at once.
             self.counters.accept_backoff += 1;
-            self.remarks
-                .add(self.now, || format!("cannot connect to upstreams for a moment: {}", error.advice()));
+            self.remarks.add(self.now, || {
+                Remark::warning(format!("cannot connect to upstreams for a moment: {}", error.advice()))
+            });
             return match self.route_of(client) {
                 Some(route) => self.hold(client, route),
                 None => self.reroute(client),
@@ -168,7 +170,10 @@ impl Core {
         } else {
             if let (Some(refusal), Address::Unix(_)) = (Refusal::of(error), &upstream.address) {
                 *refusal.counter(&mut self.counters) += 1;
-                self.remarks.add(self.now, || format!("upstream {} is not used: {refusal}", upstream.id));
+                self.remarks.add(self.now, || {
+                    Remark::warning(format!("upstream {} is not used: {refusal}", upstream.id))
+                        .with("upstream", &upstream.id)
+                });
             }
             upstream.connect_failed(self.now, error);
         }

@@ -30,6 +30,7 @@ use super::slab::{RouteKey, Slab};
 use super::timers::Timers;
 use super::upstreams::Upstreams;
 use crate::control::protocol::{Counters, MemoryStatus, RouteStatus, UpstreamStatus};
+use crate::remark::Remark;
 use crate::table::Table;
 use crate::table::actions::Page;
 
@@ -250,7 +251,7 @@ impl Core {
     }
 
     /// What an operator should see in the log, since the last call.
-    pub fn take_remarks(&mut self) -> Vec<String> {
+    pub fn take_remarks(&mut self) -> Vec<Remark> {
         self.remarks.take()
     }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::channel::{Channel, ChannelError, Elder, Message, Parcel, read_body};
 use super::{ANSWER_TIMEOUT, DRAINING_MAX};
 use crate::control::protocol::{Counters, DrainingStatus, Status, StatusQuery};
+use crate::remark::Remark;
 use crate::server::{chain, log};
 use crate::table::Table;
 
@@ -76,7 +77,10 @@ impl Predecessors {
         self.bury();
         let over = self.all.len().saturating_sub(DRAINING_MAX);
         for one in self.all[..over].iter_mut().filter(|one| !one.told_to_end) {
-            log(&format!("process {} drains and is told to end: {DRAINING_MAX} others do", one.pid));
+            log(Remark::warning(format!(
+                "process {} drains and is told to end: {DRAINING_MAX} others do",
+                one.pid
+            )));
             one.told_to_end = true;
             one.send(&Message::End {}, None);
         }
@@ -186,8 +190,12 @@ impl Predecessor {
     fn lose(&mut self, error: &ChannelError) {
         self.gone = true;
         match error {
-            ChannelError::Closed => log(&format!("process {} has drained", self.pid)),
-            error => log(&format!("process {} drains and is left to itself: {}", self.pid, chain(error))),
+            ChannelError::Closed => log(format!("process {} has drained", self.pid)),
+            error => log(Remark::warning(format!(
+                "process {} drains and is left to itself: {}",
+                self.pid,
+                chain(error)
+            ))),
         }
     }
 }

@@ -7,6 +7,7 @@ use super::Server;
 use super::say::log;
 use crate::control::audit::{Actor, Audit, Changes, ENTRIES_MAX, Entry, UPSTREAMS_NAMED_MAX};
 use crate::control::protocol::Response;
+use crate::remark::Remark;
 use crate::table::{Address, Route, Table, Upstream, UpstreamState};
 
 /// The last changes.
@@ -22,7 +23,10 @@ impl Trail {
 
     /// Keeps a change and says it in the log.
     pub fn add(&mut self, entry: Entry) {
-        log(&entry.to_string());
+        let line = entry.to_string();
+        let remark = if entry.refused.is_some() { Remark::warning(line) } else { Remark::info(line) };
+        let remark = remark.with("request", &entry.request).with("by", entry.by);
+        log(entry.version.iter().fold(remark, |remark, version| remark.with("table", version)));
         if self.entries.len() == ENTRIES_MAX {
             self.entries.pop_front();
         }

@@ -13,6 +13,7 @@ use super::{Server, chain, log};
 use crate::control::certificates::{CertificateState, CertificateStatus, Certificates, RefusedCertificate};
 use crate::control::protocol::{ErrorCode, Response};
 use crate::control::server::refusal;
+use crate::remark::Remark;
 use crate::tls::certificates::{Pair, Store};
 use crate::tls::context::Context;
 use crate::tls::folder::{self, Folder};
@@ -90,11 +91,12 @@ impl Reader {
         for refused in &self.refused {
             let id = if refused.id.is_empty() { "all" } else { &refused.id };
             let kept = if refused.kept { "; what was in force stays" } else { "" };
-            log(&format!("certificate {id} is refused: {}{kept}", refused.reason));
+            log(Remark::error(format!("certificate {id} is refused: {}{kept}", refused.reason))
+                .with("certificate", id));
         }
         self.said.clear();
         self.say_what_changed();
-        log(&format!("{} certificates are in force", self.said.len()));
+        log(format!("{} certificates are in force", self.said.len()));
     }
 
     fn say_what_changed(&mut self) {
@@ -114,18 +116,19 @@ impl Reader {
 fn say_state(pair: &Pair, state: CertificateState) {
     let (id, names) = (&pair.id, pair.names.0.join(", "));
     let (from, until) = (pair.validity.not_before, pair.validity.not_after);
-    match state {
-        CertificateState::Valid => {}
+    let remark = match state {
+        CertificateState::Valid => return,
         CertificateState::ExpiresSoon => {
-            log(&format!("certificate {id} ({names}) expires soon, at {until}: renew it"));
+            Remark::warning(format!("certificate {id} ({names}) expires soon, at {until}: renew it"))
         }
-        CertificateState::Expired => {
-            log(&format!("CERTIFICATE {id} ({names}) EXPIRED at {until}: clients that look will refuse it"));
-        }
+        CertificateState::Expired => Remark::error(format!(
+            "CERTIFICATE {id} ({names}) EXPIRED at {until}: clients that look will refuse it"
+        )),
         CertificateState::NotYetValid => {
-            log(&format!("certificate {id} ({names}) is not valid before {from}"));
+            Remark::warning(format!("certificate {id} ({names}) is not valid before {from}"))
         }
-    }
+    };
+    log(remark.with("certificate", id));
 }
 
 /// How it is now: RFC 5280 §4.1.2.5 counts both dates in.

@@ -21,6 +21,7 @@ use nix::sys::signal::Signal;
 use super::{Server, ServerError, chain, log};
 use crate::control::protocol::StatusQuery;
 use crate::handover::channel::Channel;
+use crate::remark::Remark;
 use crate::worker::{Command, Worker};
 
 /// How often an ending process looks whether its threads have ended; each of them wakes it too.
@@ -104,7 +105,7 @@ impl Server {
         }
         self.say_farewell();
         if self.giving.take().is_some() {
-            log("the handover is given up");
+            log(Remark::warning("the handover is given up"));
         }
         self.life = Life::Stopping { until: Instant::now() + self.stop_timeout };
         self.tell_all(|| Command::Stop);
@@ -134,7 +135,7 @@ impl Server {
                 None => Ok(false),
             },
             Life::Draining(drain) if all_ended => {
-                log(&format!("drained in {} s", drain.since.elapsed().as_secs()));
+                log(format!("drained in {} s", drain.since.elapsed().as_secs()));
                 self.say_farewell();
                 Ok(true)
             }
@@ -160,7 +161,7 @@ impl Server {
                 Ok(false)
             }
             Life::Aborting { until } if now >= *until => {
-                log("stopped; some clients could not even be reset");
+                log(Remark::warning("stopped; some clients could not even be reset"));
                 Ok(true)
             }
             Life::Stopping { .. } | Life::Aborting { .. } => Ok(false),
@@ -178,7 +179,7 @@ impl Server {
             || "clients of threads that do not answer".to_owned(),
             |status| format!("{} connections", status.counters.connections_open),
         );
-        log(&format!("{doing} {left}"));
+        log(format!("{doing} {left}"));
     }
 
     fn why_ended(&mut self, index: usize) -> ServerError {
@@ -193,7 +194,10 @@ impl Server {
             return;
         };
         if let Err(error) = self.report(successor, 0, &status) {
-            log(&format!("the successor does not learn what was counted here: {}", chain(&error)));
+            log(Remark::warning(format!(
+                "the successor does not learn what was counted here: {}",
+                chain(&error)
+            )));
         }
     }
 }

@@ -54,6 +54,7 @@ use crate::handover::taking::Taking;
 use crate::listeners::{Bind, ListenError, Listeners};
 use crate::metrics::server::MetricsServer;
 use crate::notify::Notifier;
+use crate::remark::Remark;
 use crate::ring::inherit::Inherited;
 use crate::saved::Saved;
 use crate::table::Table;
@@ -192,8 +193,10 @@ impl Server {
         let starved = Arc::new(noticing().map_err(ServerError::Watch)?);
         let (io, missing) = options.io.decide(options.buffers)?;
         match missing {
-            Some(why) => log(&format!("using epoll, since io_uring is not to be had: {}", chain(&why))),
-            None => log(&format!("using {io}")),
+            Some(why) => {
+                log(Remark::warning(format!("using epoll, since io_uring is not to be had: {}", chain(&why))))
+            }
+            None => log(format!("using {io}")),
         }
         let unix = UnixSockets::below(options.unix_root.as_deref())?;
         let tls = Arc::new(Context::new()?);
@@ -311,7 +314,7 @@ impl Server {
         let mut problems = self.listeners.bind_for(&self.table).1;
         problems.extend(self.unix.problems(&self.table));
         for problem in &problems {
-            log(&format!("route {}: {}", problem.route.as_deref().unwrap_or("-"), problem.message));
+            log(say::of_problem(problem));
         }
         self.listeners.forget_kept();
         self.spread(&self.table);
@@ -322,12 +325,13 @@ impl Server {
         self.open(&ids);
         self.store(&ids);
         for listener in self.listeners.status() {
-            log(&format!("listening: {} on {}", listener.name, listener.address));
+            log(Remark::info(format!("listening: {} on {}", listener.name, listener.address))
+                .with("listener", &listener.name));
         }
         let serving = format!("serving table {} with {} routes", self.table.version, self.table.routes.len());
-        log(&format!("memory: at most {}", self.memory_bound()));
-        log(&serving);
+        log(format!("memory: at most {}", self.memory_bound()));
         self.notifier.say(&format!("READY=1\nSTATUS={serving}"));
+        log(serving);
         Ok(())
     }
 
@@ -404,7 +408,7 @@ fn load_saved(saved: &Saved) -> Option<Table> {
     match saved.load() {
         Ok(table) => table,
         Err(error) => {
-            log(&format!("starting without a table: {}", chain(&error)));
+            log(Remark::error(format!("starting without a table: {}", chain(&error))));
             None
         }
     }

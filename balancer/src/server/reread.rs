@@ -6,6 +6,7 @@ use super::{Server, chain, log};
 use crate::config_file::{ConfigFile, ListenerEntry};
 use crate::control::audit::Actor;
 use crate::control::protocol::Response;
+use crate::remark::Remark;
 
 /// The file this balancer goes by.
 pub struct ConfigSource {
@@ -24,27 +25,34 @@ impl Server {
     /// Takes over what the file says now. With an error, everything stays as it is.
     pub(super) fn reread(&mut self) {
         let Some(source) = &self.config_source else {
-            return log("SIGHUP: there is no --config FILE to read again");
+            return log(Remark::warning("SIGHUP: there is no --config FILE to read again"));
         };
         let file = match ConfigFile::load(&source.path) {
             Ok(file) => file,
-            Err(error) => return log(&format!("table {} stays: {}", self.table.version, chain(&error))),
+            Err(error) => {
+                let stays = format!("table {} stays: {}", self.table.version, chain(&error));
+                return log(Remark::error(stays));
+            }
         };
         if file.listeners != source.listeners {
-            log("the listeners in the file have changed: they take effect with `reload` (SIGUSR2)");
+            log(Remark::warning(
+                "the listeners in the file have changed: they take effect with `reload` (SIGUSR2)",
+            ));
         }
         for warning in file.warnings() {
-            log(&warning);
+            log(Remark::warning(warning));
         }
         let table = file.table_after(&self.table);
         match self.change_table(Actor::Process, table) {
             Response::Ack(ack) => {
                 for problem in ack.problems {
-                    log(&format!("route {}: {}", problem.route.as_deref().unwrap_or("-"), problem.message));
+                    log(super::say::of_problem(&problem));
                 }
-                log(&format!("serving table {} with {} routes", ack.version, self.table.routes.len()));
+                log(format!("serving table {} with {} routes", ack.version, self.table.routes.len()));
             }
-            Response::Error(error) => log(&format!("table {} stays: {}", self.table.version, error.message)),
+            Response::Error(error) => {
+                log(Remark::error(format!("table {} stays: {}", self.table.version, error.message)));
+            }
             _ => {}
         }
     }

@@ -14,6 +14,7 @@ use crate::handover::channel::{Channel, ChannelError, Elder, Message, Parcel, re
 use crate::handover::giving::{Giving, Legacy};
 use crate::handover::predecessors::Predecessors;
 use crate::handover::taking::{Estate, Taking, Turn};
+use crate::remark::Remark;
 use crate::table::Table;
 use crate::worker::Command;
 
@@ -23,7 +24,7 @@ impl Server {
         match self.begin_handover() {
             Ok(()) => {}
             Err(error @ (HandoverError::Busy | HandoverError::Draining)) => {
-                log(&format!("asked to hand over: {}", chain(&error)));
+                log(Remark::error(format!("asked to hand over: {}", chain(&error))));
             }
             Err(error) => self.handover_failed(&error),
         }
@@ -61,7 +62,7 @@ impl Server {
                 Err(error) => Err(error),
             };
             if let Err(error) = answered {
-                log(&format!("the successor is gone, finishing alone: {}", chain(&error)));
+                log(Remark::warning(format!("the successor is gone, finishing alone: {}", chain(&error))));
                 if let Life::Draining(drain) = &mut self.life {
                     drain.successor = None;
                 }
@@ -137,7 +138,7 @@ impl Server {
         if !matches!(self.life, Life::Serving) {
             return Err(HandoverError::Draining);
         }
-        log(&format!("handing over to a new process of {}", self.program.path().display()));
+        log(format!("handing over to a new process of {}", self.program.path().display()));
         self.notifier.reloading();
         let mut sockets = self.listeners.named();
         let control = self.control.as_ref().map(|control| ("control".to_owned(), control.listener()));
@@ -172,7 +173,7 @@ impl Server {
         };
         self.drain(channel);
         self.predecessors = Predecessors::default();
-        log(&format!("process {pid} is in charge; draining for at most {} s", self.drain_timeout.as_secs()));
+        log(format!("process {pid} is in charge; draining for at most {} s", self.drain_timeout.as_secs()));
         // In one datagram: the next one is not ours to send.
         self.notifier.say(&format!("MAINPID={pid}\nREADY=1\nSTATUS=handed over"));
         if let Some(mut control) = control {
@@ -194,7 +195,7 @@ impl Server {
 
     fn handover_failed(&mut self, error: &HandoverError) {
         let why = chain(error);
-        log(&format!("the handover failed, going on: {why}"));
+        log(Remark::error(format!("the handover failed, going on: {why}")));
         if matches!(self.life, Life::Serving) {
             self.notifier.say(&format!("READY=1\nSTATUS=a handover failed: {why}"));
         }

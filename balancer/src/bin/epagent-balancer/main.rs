@@ -22,6 +22,7 @@ use epagent_balancer::core::listen::{self, Listen};
 use epagent_balancer::handover::endowment::Endowment;
 use epagent_balancer::handover::{LAUNCH_TIMEOUT, READY_TIMEOUT, launch};
 use epagent_balancer::listeners::{Bind, listening};
+use epagent_balancer::remark::Remark;
 use epagent_balancer::server::{Options, Server, chain, log};
 use epagent_balancer::table::{Action, Address, Match, Proxy, Route, Table, Upstream, UpstreamState};
 
@@ -48,7 +49,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
-            log(&message);
+            log(Remark::error(message));
             ExitCode::FAILURE
         }
     }
@@ -159,7 +160,7 @@ fn bind_control(path: &Path) -> Result<UnixListener, String> {
 fn load_config(path: &Path) -> Result<ConfigFile, String> {
     let file = ConfigFile::load(path).map_err(|error| chain(&error))?;
     for warning in file.warnings() {
-        log(&warning);
+        log(Remark::warning(warning));
     }
     Ok(file)
 }

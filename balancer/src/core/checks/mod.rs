@@ -37,6 +37,7 @@ use super::random::Random;
 use super::session::{Role, Sock};
 use super::slab::UpstreamKey;
 use crate::control::protocol::{Counters, HealthStatus, ShownHealth, ShownState};
+use crate::remark::Remark;
 use crate::table::{Action, Active, Check, HttpCheck, Table};
 
 /// Which upstreams are due to be checked, and how many are being.
@@ -263,10 +264,16 @@ impl Core {
             Change::Same => {}
             Change::Rose => {
                 self.release_wanted = true;
-                self.remarks.add(now, || format!("upstream {} passes its checks", upstream.id));
+                self.remarks.add(now, || {
+                    Remark::info(format!("upstream {} passes its checks", upstream.id))
+                        .with("upstream", &upstream.id)
+                });
             }
             Change::Fell => {
-                self.remarks.add(now, || format!("upstream {} fails its checks: {words}", upstream.id));
+                self.remarks.add(now, || {
+                    Remark::warning(format!("upstream {} fails its checks: {words}", upstream.id))
+                        .with("upstream", &upstream.id)
+                });
                 for idle in std::mem::take(&mut upstream.idle) {
                     self.discard_upstream(idle, false);
                 }

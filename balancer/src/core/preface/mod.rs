@@ -213,7 +213,7 @@ impl Core {
         self.counters.proxy_header_refused += 1;
         if let Some(preface) = self.socks.get_mut(id).and_then(Sock::preface) {
             let origin = preface.origin;
-            self.remarks.add(self.now, || format!("{} was reset: {error}", origin.describe()));
+            self.remarks.add(self.now, || format!("{} was reset: {error}", origin.describe()).into());
             self.turn_away(origin.source, "proxy_header_refused");
         }
         self.close_client(id, true);
