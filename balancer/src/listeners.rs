@@ -20,6 +20,7 @@ use crate::control::protocol::{ListenerStatus, Problem};
 use crate::core::io::ListenerId;
 use crate::core::listen::{BadName, Listen, Mode};
 use crate::ring::inherit::Inherited;
+use crate::sockets;
 use crate::table::{Address, AddressError, ListenerLimits, Match, Table};
 
 /// One listening socket.
@@ -337,13 +338,10 @@ fn bound(address: SocketAddr) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Makes an accept that finds nothing return at once, for epoll (the ring waits all the same), and sets
-/// options that accepted sockets inherit from their listener, which saves two system calls for each.
+/// Makes an accept that finds nothing return at once, for epoll (the ring waits all the same).
 fn prepare(socket: &OwnedFd) {
     let _ = rustix::io::ioctl_fionbio(socket, true);
-    // A socket without them works too.
-    let _ = socket::setsockopt(socket, sockopt::TcpNoDelay, &true);
-    let _ = socket::setsockopt(socket, sockopt::KeepAlive, &true);
+    sockets::prepare(socket);
 }
 
 fn local_address(socket: &OwnedFd) -> Option<SocketAddr> {

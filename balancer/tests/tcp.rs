@@ -4,9 +4,10 @@ mod common;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 
 use common::{Balancer, checksum, free_address, noise, port_route, read_all, until};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 
 /// An app that handles each connection with `serve`, on a thread of its own.
 fn app(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
@@ -55,6 +56,36 @@ fn bytes_and_half_closes_pass_both_ways() {
     let (got, end) = read_all(&client);
     assert_eq!((got.len(), checksum(&got), end), (body.len(), checksum(&body), None));
     until("nothing is left of it", || balancer.upstream("db").active_connections == 0);
+}
+
+/// Sends a byte as urgent between others, three times.
+fn urge(mut stream: &TcpStream) {
+    for _ in 0..3 {
+        stream.write_all(b"abc").expect("taken");
+        send(stream.as_raw_fd(), b"d", MsgFlags::MSG_OOB).expect("taken");
+        stream.write_all(b"efg").expect("taken");
+    }
+}
+
+#[test]
+fn urgent_bytes_keep_their_place_and_hold_nothing_up() {
+    let all = b"abcdefgabcdefgabcdefg";
+    let upstream = app(move |mut stream| {
+        let mut said = [0; 21];
+        while stream.read_exact(&mut said).is_ok() {
+            assert_eq!(&said, all);
+            urge(&stream);
+        }
+    });
+    let (_balancer, port) = routed(upstream);
+    let mut client = connect(port);
+    client.set_nodelay(true).expect("no delay");
+    for _ in 0..20 {
+        urge(&client);
+        let mut heard = [0; 21];
+        client.read_exact(&mut heard).expect("all of it, without another word");
+        assert_eq!(&heard, all);
+    }
 }
 
 #[test]

@@ -23,8 +23,6 @@ pub struct Slot {
     pub recv: Option<RecvMode>,
     /// Something may be there to be received; known until a receive finds nothing.
     pub readable: bool,
-    /// The peer's end or an error lies behind what is there, and will not be told again.
-    pub end_is_near: bool,
     /// In the line of those that have a turn.
     pub due: bool,
     pub connecting: bool,
@@ -58,7 +56,6 @@ impl Slot {
             interest,
             recv: None,
             readable: false,
-            end_is_near: false,
             due: false,
             connecting: false,
             waiting_send: None,
@@ -68,14 +65,13 @@ impl Slot {
     /// A socket that cannot be watched is ended both ways, which its next receive tells the core.
     pub fn give_up(&mut self) {
         let _ = shutdown(&self.socket, Shutdown::Both);
-        (self.readable, self.end_is_near) = (true, true);
+        self.readable = true;
     }
 
     /// Takes in what epoll says.
     pub fn note(&mut self, flags: EventFlags) {
         let ends = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
         self.readable |= flags.intersects(ends | EventFlags::IN);
-        self.end_is_near |= flags.intersects(ends);
     }
 
     /// A turn to receive: a few buffers at most, then others have theirs.
@@ -93,9 +89,9 @@ impl Slot {
                 false => recv_full(&self.socket, &mut buffer),
             };
             let why = match received {
-                Ok(count @ 1..) => {
-                    // Less than there was room for: nothing is left, unless the end has been announced.
-                    self.readable = count == room || self.end_is_near;
+                Ok(1..) => {
+                    // Also with less than there was room for there may be more: behind an urgent byte, behind
+                    // a message with descriptors, or the end. None of these is told of again.
                     out.push(Completion::Received { sock, chunk: buffers.lend(buffer) });
                     match mode {
                         RecvMode::Many => continue,
