@@ -15,6 +15,8 @@ use epagent_isolation::net::{
     FirewallConfig, disable_forwarding, enable_forwarding, install_firewall, remove_firewall, resolvers,
 };
 use epagent_isolation::{inspect, sweep};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use support::{Jail, Node, eventually};
 
 const TIMEOUT: Duration = Duration::from_millis(1500);
@@ -244,6 +246,53 @@ fn forwarding_is_put_back_by_the_last_node() {
     assert_ne!(read().trim(), "0", "still needed by the first");
     drop(network);
     sweep::remove_links(node.number, &[]).unwrap();
+}
+
+/// What a setting below /proc/sys/net is in the network of the calling thread.
+fn setting(name: &str) -> String {
+    std::fs::read_to_string(format!("/proc/sys/net/{name}")).unwrap().trim().to_owned()
+}
+
+fn ip(line: &str) {
+    let ran = std::process::Command::new("ip").args(line.split(' ')).status().unwrap();
+    assert!(ran.success(), "ip {line}");
+}
+
+/// At boot a node begins before the host has an address.
+#[test]
+fn an_uplink_that_comes_late_forwards_too_and_keeps_its_router() {
+    let test = std::thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        mount(none, "/run", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        ip("link add up0 type veth peer name far0");
+        std::fs::write("/proc/sys/net/ipv4/conf/up0/forwarding", "0").unwrap();
+        std::fs::write("/proc/sys/net/ipv6/conf/up0/accept_ra", "1").unwrap();
+
+        enable_forwarding(9).unwrap();
+        assert_eq!(
+            (setting("ipv6/conf/up0/accept_ra"), setting("ipv4/conf/up0/forwarding")),
+            ("2".into(), "0".into())
+        );
+        assert_eq!(enable_forwarding(9).unwrap(), Vec::<String>::new(), "nothing is new");
+        for line in [
+            "link set far0 up",
+            "link set up0 up",
+            "address add 192.0.2.2/24 dev up0",
+            "route add default via 192.0.2.1",
+        ] {
+            ip(line);
+        }
+        assert_eq!(enable_forwarding(9).unwrap(), ["ipv4/conf/up0/forwarding"]);
+        assert_eq!(setting("ipv4/conf/up0/forwarding"), "1");
+        disable_forwarding(9).unwrap();
+        assert_eq!(
+            (setting("ipv6/conf/up0/accept_ra"), setting("ipv4/conf/up0/forwarding")),
+            ("1".into(), "0".into())
+        );
+    });
+    test.join().unwrap();
 }
 
 #[test]

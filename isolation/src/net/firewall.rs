@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::error::Error;
 
 /// nft takes some milliseconds. While a machine boots it waits for modules behind everybody else's: an emulated one took
-/// more than 10 s. It is run before and after the runner's loop, never in it.
+/// more than 10 s. It is run before and after the runner's loop and by children of it, never in it.
 const NFT_TIMEOUT: Duration = Duration::from_secs(60);
 const NFT_POLL: Duration = Duration::from_millis(2);
 /// Most of nft's words in an error.
@@ -79,6 +79,14 @@ pub fn install_firewall(config: &FirewallConfig) -> Result<(), Error> {
         return Err(Error::Refused { operation: "install packet filter", reason });
     }
     nft("install packet filter", &ruleset(config))
+}
+
+/// Installs the table when it is gone, as after somebody's `nft flush ruleset`; whether it was.
+pub fn keep_firewall(config: &FirewallConfig) -> Result<bool, Error> {
+    if is_installed(config.node) {
+        return Ok(false);
+    }
+    install_firewall(config).map(|()| true)
 }
 
 /// Removes the node's table; fine when there is none.

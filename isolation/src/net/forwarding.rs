@@ -27,17 +27,25 @@ type Setting = (String, String);
 /// What was, in the order in which it was changed.
 type Before = Vec<Setting>;
 
-/// Lets the uplinks (interfaces with a default route) forward, remembering what was. To be called again when uplinks
-/// may have changed. After [`super::install_firewall`], so that nothing is ever forwarded unfiltered.
-pub fn enable_forwarding(node: u16) -> Result<(), Error> {
+/// Lets the uplinks (interfaces with a default route) forward, remembering what was; the names of the settings that
+/// it changed. To be called again now and then, since uplinks come late and change. After [`super::install_firewall`],
+/// so that nothing is ever forwarded unfiltered.
+pub fn enable_forwarding(node: u16) -> Result<Vec<String>, Error> {
     let _lock = lock()?;
-    let wanted = wanted(&uplinks()?);
+    let mut changes = Vec::new();
+    for (name, value) in wanted()? {
+        if let Some(now) = read_setting(&name)?.filter(|now| *now != value) {
+            changes.push((name, value, now));
+        }
+    }
+    if changes.is_empty() && mark(node).exists() {
+        return Ok(Vec::new());
+    }
     let file = Path::new(STATE_DIR).join(BEFORE);
     let mut before = read_before(&file)?;
-    for (name, value) in &wanted {
-        let now = read_setting(name)?.filter(|now| now != value);
-        if let Some(now) = now.filter(|_| !before.iter().any(|(known, _)| known == name)) {
-            before.push((name.clone(), now));
+    for (name, _, now) in &changes {
+        if !before.iter().any(|(known, _)| known == name) {
+            before.push((name.clone(), now.clone()));
         }
     }
     write_whole(
@@ -45,7 +53,8 @@ pub fn enable_forwarding(node: u16) -> Result<(), Error> {
         &serde_json::to_vec(&before).map_err(|e| Error::path("encode", &file)(io::Error::from(e)))?,
     )?;
     write_whole(&mark(node), b"")?;
-    wanted.iter().try_for_each(|(name, value)| write_setting(name, value))
+    changes.iter().try_for_each(|(name, value, _)| write_setting(name, value))?;
+    Ok(changes.into_iter().map(|(name, _, _)| name).collect())
 }
 
 /// Undoes [`enable_forwarding`] when no other node needs it.
@@ -66,28 +75,32 @@ pub fn disable_forwarding(node: u16) -> Result<(), Error> {
     remove_if_there(&file)
 }
 
-/// `accept_ra` before `all/forwarding`: an interface that turns router with `accept_ra` 1 loses its default route.
-fn wanted(uplinks: &[String]) -> Vec<Setting> {
+/// `accept_ra` before `all/forwarding`, and of every interface of the host's: one that turns router with `accept_ra` 1
+/// loses its default route, or never gets one when it comes up later.
+fn wanted() -> Result<Vec<Setting>, Error> {
+    let list = || -> io::Result<_> {
+        let mut rtnl = Rtnl::open()?;
+        Ok((rtnl.links()?, rtnl.default_route_links()?))
+    };
+    let (links, uplinks) = list().map_err(Error::call("list uplinks"))?;
     let mut wanted = Vec::new();
-    for uplink in uplinks {
-        wanted.push((format!("ipv4/conf/{uplink}/forwarding"), "1".to_owned()));
-        let accept_ra = format!("ipv6/conf/{uplink}/accept_ra");
-        if read_setting(&accept_ra).ok().flatten().is_some_and(|value| value == "1") {
+    for link in links.iter().filter(|link| !is_a_jails(&link.name)) {
+        if uplinks.contains(&link.index) {
+            wanted.push((format!("ipv4/conf/{}/forwarding", link.name), "1".to_owned()));
+        }
+        let accept_ra = format!("ipv6/conf/{}/accept_ra", link.name);
+        if read_setting(&accept_ra)?.is_some_and(|value| value == "1") {
             wanted.push((accept_ra, "2".to_owned()));
         }
     }
     wanted.push(("ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
-    wanted
+    Ok(wanted)
 }
 
-fn uplinks() -> Result<Vec<String>, Error> {
-    let list = || -> io::Result<Vec<String>> {
-        let mut rtnl = Rtnl::open()?;
-        let indexes = rtnl.default_route_links()?;
-        let links = rtnl.links()?.into_iter();
-        Ok(links.filter(|link| indexes.contains(&link.index)).map(|link| link.name).collect())
-    };
-    list().map_err(Error::call("list uplinks"))
+/// `ep1-7`: a jail's link has settings of its own.
+fn is_a_jails(link: &str) -> bool {
+    let number = link.strip_prefix("ep").and_then(|rest| rest.split_once('-'));
+    number.is_some_and(|(node, _)| node.parse::<u16>().is_ok())
 }
 
 /// Held until dropped; nodes take turns.

@@ -19,6 +19,6 @@ mod forwarding;
 mod resolvers;
 
 pub use block::{guard_block, unguard_block};
-pub use firewall::{Cidr, FirewallConfig, install_firewall, remove_firewall};
+pub use firewall::{Cidr, FirewallConfig, install_firewall, keep_firewall, remove_firewall};
 pub use forwarding::{disable_forwarding, enable_forwarding};
 pub use resolvers::resolvers;
