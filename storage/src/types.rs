@@ -115,6 +115,8 @@ pub enum QuotaHealth {
 #[derive(Debug, Clone, Serialize)]
 pub struct PoolFacts {
     pub root: PathBuf,
+    /// Drawn when the pool was made, to tell it from others.
+    pub number: u16,
     /// True when this call made the file system.
     pub created: bool,
     pub quota_mode: QuotaMode,

@@ -6,10 +6,11 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::{TcpListener, UdpSocket};
 use std::process::Command;
+use std::time::Duration;
 
-use epagent_tests::AppDir;
 use epagent_tests::command::run;
 use epagent_tests::host::DevHost;
+use epagent_tests::{AppDir, eventually};
 
 fn host_with_app() -> DevHost {
     let host = DevHost::start();
@@ -263,5 +264,17 @@ fn its_abstract_sockets_and_shared_memory_are_its_own() {
     let mut file = tempfile::Builder::new().prefix("epagent-shm-").tempfile_in("/dev/shm").unwrap();
     file.write_all(b"host").unwrap();
     assert_eq!(host.inside("shop", "ls /dev/shm").ok(), "");
+    host.stop();
+}
+
+#[test]
+fn a_fence_that_somebody_took_away_comes_back() {
+    let host = host_with_app();
+    let table = format!("epagent_{}", host.api().get("/v1/version")["node"]);
+    let nft = |verb: &str| run(Command::new("nft").args([verb, "table", "inet", &table]));
+    nft("delete").ok();
+    eventually("the packet filter is back", Duration::from_secs(20), || {
+        (nft("list").code == Some(0)).then_some(())
+    });
     host.stop();
 }

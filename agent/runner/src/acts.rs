@@ -100,6 +100,9 @@ impl Server {
         if let Work::Survey = work {
             return self.surveyed(result);
         }
+        if let Ok(Outcome::Network(mended)) = &result {
+            self.tell_mended(mended);
+        }
         match (then, result) {
             (Then::Answer(to), result) => self.answer(to, result.map(|_| Reply::Done)),
             (Then::Refuse { to, refusal }, _) => self.answer(to, Err(refusal)),
@@ -109,6 +112,19 @@ impl Server {
             (Then::Launch { to, order, .. }, Err(refusal)) => self.undo(to, &order, &work, refusal, keys),
             (Then::Nothing, Ok(_)) => {}
             (Then::Nothing, Err(refusal)) => tracing::warn!("{}", refusal.message),
+        }
+    }
+
+    fn tell_mended(&self, mended: &crate::work::Mended) {
+        if mended.filter {
+            tracing::warn!(
+                "the packet filter, table inet epagent_{}, was gone and is back; meanwhile no instance was fenced off. \
+                 `nft flush ruleset`, and nftables.service at its restart, take it away",
+                self.config.node
+            );
+        }
+        for name in &mended.settings {
+            tracing::info!("set /proc/sys/net/{name}, for the instances' way out");
         }
     }
 

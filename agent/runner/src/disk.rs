@@ -59,6 +59,7 @@ pub struct Disk {
 /// Slots are marked as used this many at a time, so that most starts write no mark.
 const SLOTS_PER_MARK: u32 = 64;
 const SLOTS_MARK: &str = "slots";
+const POOL_MARK: &str = "pool";
 
 /// Everything that is on disk.
 #[derive(Debug, Default)]
@@ -91,6 +92,15 @@ impl Disk {
             jails: self.jails.read()?,
             first_slot,
         })
+    }
+
+    /// Of the pool that the records tell of.
+    pub fn pool_number(&self) -> Result<Option<u16>, DiskError> {
+        self.marks.read_one(POOL_MARK)
+    }
+
+    pub fn put_pool_number(&self, number: u16) -> Result<(), DiskError> {
+        self.marks.put(POOL_MARK, &number)
     }
 
     pub fn put_app(&self, record: &AppRecord) -> Result<(), DiskError> {

@@ -56,7 +56,8 @@ pub fn done(tables: &mut Tables, work: &Work, outcome: &Outcome) {
         | Work::ReleaseStage { .. }
         | Work::JobPrepare { .. }
         | Work::InstancePrepare { .. }
-        | Work::Survey => {}
+        | Work::Survey
+        | Work::KeepNetwork(_) => {}
     }
 }
 

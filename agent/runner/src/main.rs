@@ -16,6 +16,7 @@
 //! | [`app_sockets`] | the folders in which apps listen on unix sockets |
 //! | [`recover`], [`skeleton`] | before the loop |
 //! | [`teardown`], [`probe`], [`hold`] | the other verbs |
+//! | [`in_force`] | the configuration by which a teardown goes |
 //! | [`sys`] | the door to what the compiler can't check |
 //!
 //! It may be killed at any moment. Jails outlive it under their monitors; the next runner reads the records,
@@ -34,6 +35,7 @@ mod connections;
 mod disk;
 mod effects;
 mod hold;
+mod in_force;
 mod jobs;
 mod launch;
 mod observe;
@@ -59,7 +61,7 @@ use epagent_log::Recent;
 const NAME: &str = "epagent-runner";
 
 const USAGE: &str = "usage: epagent-runner run|check|config|hold --config FILE
-       epagent-runner teardown --config FILE [--grace-ms N]";
+       epagent-runner teardown --config FILE [--grace-ms N | --in-force RUN-DIR]";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -74,6 +76,11 @@ fn main() -> ExitCode {
         ["config", "--config", file] => show(Path::new(file)),
         ["hold", "--config", file] => read(Path::new(file)).and_then(|config| hold::hold(&config)),
         ["teardown", "--config", file] => teardown(Path::new(file), teardown::GRACE_MS),
+        ["teardown", "--config", file, "--in-force", run_dir] => {
+            let copy = in_force::file(Path::new(run_dir));
+            let file = if read(&copy).is_ok() { copy.as_path() } else { Path::new(file) };
+            teardown(file, teardown::GRACE_MS)
+        }
         ["teardown", "--config", file, "--grace-ms", grace] => match grace.parse() {
             Ok(grace_ms) => teardown(Path::new(file), grace_ms),
             Err(_) => Err(format!("--grace-ms {grace:?} is not a number\n{USAGE}")),
@@ -106,6 +113,9 @@ fn run(file: &Path, recent: Recent) -> Result<(), String> {
     let config = read(file)?;
     probe::refuse_without_root()?;
     let parts = recover::recover(config, listener).map_err(|error| work::chain(&error))?;
+    let run_dir = &parts.config.run_dir;
+    in_force::keep(file, run_dir)
+        .map_err(|error| format!("keep the configuration in {}: {error}", run_dir.display()))?;
     tracing::info!("serving node {}, which has {} jails", parts.config.node, parts.tables.jails.len());
     let mut server =
         server::Server::new(parts, recent).map_err(|error| format!("set up the loop: {error}"))?;

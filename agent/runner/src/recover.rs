@@ -28,7 +28,7 @@ use crate::requests::keys::{Hold, Key};
 use crate::server::{Parts, Server, Task};
 use crate::skeleton;
 use crate::tables::{Jail, JailRecord, Phase, ReleaseRecord, Tables};
-use crate::work::{Discard, Site, Work, WorkError, instance_id, perform};
+use crate::work::{Discard, Mended, Site, Work, WorkError, instance_id, perform};
 
 /// How long a predecessor's last child may hold the pool.
 const LOCK_WAIT_MS: u64 = 10_000;
@@ -42,25 +42,59 @@ pub fn pool_config(config: &Config) -> PoolConfig {
     PoolConfig { lock_wait_ms: LOCK_WAIT_MS, ..pool }
 }
 
+/// A pool that is not the one of the records is a disk that is not mounted, or another's: everything on record would
+/// be forgotten as gone.
+fn check_pool(pool: &Pool, disk: &Disk, records: &Records) -> Result<(), WorkError> {
+    let (found, known) = (pool.facts().number, disk.pool_number()?);
+    match known {
+        Some(known) if known != found && !records.releases.is_empty() => Err(WorkError::OtherPool {
+            path: pool.facts().root.clone(),
+            found,
+            known,
+            releases: records.releases.len(),
+        }),
+        Some(known) if known == found => Ok(()),
+        _ => Ok(disk.put_pool_number(found)?),
+    }
+}
+
+fn firewall_config(config: &Config) -> FirewallConfig {
+    FirewallConfig {
+        node: config.node,
+        resolvers: config.network.resolvers.clone(),
+        allowed: config.network.allow.clone(),
+    }
+}
+
+fn guard_blocks(config: &Config) -> Result<(), epagent_isolation::Error> {
+    config.network.blocks().try_for_each(|(base, prefix)| net::guard_block(base, prefix))
+}
+
+/// Puts right what others have changed of the host's network since the node began, and what has come up late.
+pub fn keep_network(config: &Config) -> Result<Mended, WorkError> {
+    let filter = net::keep_firewall(&firewall_config(config))?;
+    let settings = net::enable_forwarding(config.node)?;
+    guard_blocks(config)?;
+    Ok(Mended { filter, settings })
+}
+
 /// Opens all there is and sorts out what was left half done.
 pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
     let binaries = Binaries::open(&config)?;
     let sockets = Sockets::open(&config.jail_sockets())?;
     let app_sockets = AppSockets::open(&config)?;
     // Waits for a predecessor's last child, which may be writing records still.
-    let pool = Pool::open_or_create(&pool_config(&config))?;
     let disk = Disk::open(&config.state_dir)?;
+    let mut wanted = pool_config(&config);
+    // What is there now is no place to make a pool of, if there has been one: see check_pool.
+    wanted.quota.enable_on_existing &= disk.pool_number()?.is_none();
+    let pool = Pool::open_or_create(&wanted)?;
     let records = disk.read()?;
+    check_pool(&pool, &disk, &records)?;
     let cgroups = CgroupRoot::open(&config.cgroup.root)?;
-    net::install_firewall(&FirewallConfig {
-        node: config.node,
-        resolvers: config.network.resolvers.clone(),
-        allowed: config.network.allow.clone(),
-    })?;
+    net::install_firewall(&firewall_config(&config))?;
     net::enable_forwarding(config.node)?;
-    for (base, prefix) in config.network.blocks() {
-        net::guard_block(base, prefix)?;
-    }
+    guard_blocks(&config)?;
     skeleton::ensure(&pool)?;
 
     let boot = boot_id()?;

@@ -41,6 +41,8 @@ use crate::worker::{WORKERS_MAX, Worker};
 const PARKED_MAX: usize = 512;
 /// How often what is only looked at now and then is looked at.
 const TICK: Duration = Duration::from_millis(1_000);
+/// How often the host's network is looked after: uplinks come late, and others flush packet filters.
+const NETWORK_EVERY: Duration = Duration::from_secs(5);
 
 /// What stands behind a number in the epoll set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -173,6 +175,7 @@ pub struct Server {
     pub listener: OwnedFd,
     serial: u64,
     next_tick: Instant,
+    network_at: Instant,
     /// The service manager wants to hear from the loop, every few seconds (`WatchdogSec=`).
     is_watched: bool,
 }
@@ -224,6 +227,8 @@ impl Server {
             epoll,
             serial: 0,
             next_tick: Instant::now(),
+            // It was set up a moment ago.
+            network_at: Instant::now() + NETWORK_EVERY,
             is_watched: sd_notify::watchdog_enabled().is_some(),
         })
     }
@@ -273,7 +278,17 @@ impl Server {
             self.look_after_monitors();
             self.answer_late_observers(now);
             self.kill_hung_up(now);
+            self.look_after_network(now);
             self.show_alive();
+        }
+    }
+
+    /// By a child, one at a time.
+    fn look_after_network(&mut self, now: Instant) {
+        let at_it = self.running.values().any(|running| matches!(running.work, Work::KeepNetwork(_)));
+        if now >= self.network_at && !at_it && self.running.len() < WORKERS_MAX {
+            self.network_at = now + NETWORK_EVERY;
+            self.work(Work::KeepNetwork(Box::new(self.config.clone())), Vec::new(), Then::Nothing);
         }
     }
 

@@ -19,7 +19,9 @@ use nix::unistd::{Gid, fchown};
 use serde::{Deserialize, Serialize};
 
 use crate::app_sockets;
+use crate::config::Config;
 use crate::disk::{Disk, DiskError};
+use crate::recover::keep_network;
 use crate::tables::{AppRecord, JailRecord, ReleaseRecord};
 
 /// The two log files of a jail and its exit record fit in.
@@ -86,6 +88,8 @@ pub enum Work {
         jail: JailId,
     },
     Survey,
+    /// Looks after what the host's network has to be for the instances.
+    KeepNetwork(Box<Config>),
 }
 
 impl Work {
@@ -113,6 +117,7 @@ impl Work {
             Work::Reap(record) => format!("kill what is left of jail {}", record.jail),
             Work::LogRemove { jail } => format!("remove the log of jail {jail}"),
             Work::Survey => "look at the pool".to_owned(),
+            Work::KeepNetwork(_) => "look after the network".to_owned(),
         }
     }
 }
@@ -154,6 +159,16 @@ pub enum Outcome {
         has_ca_bundle: bool,
     },
     Survey(Box<Survey>),
+    Network(Mended),
+}
+
+/// What was put right of the host's network.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Mended {
+    /// The packet filter was gone.
+    pub filter: bool,
+    /// Names below /proc/sys/net.
+    pub settings: Vec<String>,
 }
 
 /// Figures of what is on the pool; which objects exist is in the tables.
@@ -190,6 +205,12 @@ pub enum WorkError {
     Disk(#[from] DiskError),
     #[error(transparent)]
     Isolation(#[from] epagent_isolation::Error),
+    #[error(
+        "{} is another pool ({found}) than the one of the {releases} releases on record ({known}): is its disk \
+         mounted? Without that one, remove the records in the state folder's `releases` to begin anew",
+        path.display()
+    )]
+    OtherPool { path: std::path::PathBuf, found: u16, known: u16, releases: usize },
     #[error("{operation}")]
     Call {
         operation: &'static str,
@@ -305,6 +326,7 @@ pub fn perform(work: &Work, site: &Site<'_>) -> Result<Outcome, WorkError> {
         }
         Work::LogRemove { jail } => gone(pool.log_dir_remove(&instance_id(jail)?))?,
         Work::Survey => return survey(pool).map(|survey| Outcome::Survey(Box::new(survey))),
+        Work::KeepNetwork(config) => return keep_network(config).map(Outcome::Network),
     }
     Ok(Outcome::Done)
 }

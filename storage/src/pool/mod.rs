@@ -98,6 +98,7 @@ impl Pool {
         let facts = PoolFacts {
             remarks: remarks(&engine, quota_health, identity.quota_mode)?,
             root: path,
+            number: identity.number,
             created,
             quota_mode: identity.quota_mode,
             quota_health,

@@ -84,14 +84,22 @@ impl Node {
 
     /// Starts the runner as `epagent dev` does: with the listener, by socket activation.
     pub fn run(&mut self) {
+        self.runner = Some(self.command().spawn().unwrap());
+    }
+
+    /// The same, of one that ends by itself.
+    pub fn run_to_end(&self) -> std::process::Output {
+        self.command().stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap()
+    }
+
+    fn command(&self) -> Command {
         let script = "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=runner exec \"$0\" run --config \"$1\" 3<&0 </dev/null";
-        let child = Command::new("/bin/sh")
+        let mut command = Command::new("/bin/sh");
+        command
             .args(["-c", script, env!("CARGO_BIN_EXE_epagent-runner")])
             .arg(&self.config)
-            .stdin(Stdio::from(self.listener.try_clone().unwrap()))
-            .spawn()
-            .unwrap();
-        self.runner = Some(child);
+            .stdin(Stdio::from(self.listener.try_clone().unwrap()));
+        command
     }
 
     pub fn pid(&self) -> u32 {
@@ -117,11 +125,15 @@ impl Node {
     }
 
     pub fn teardown(&mut self) -> std::process::Output {
+        self.teardown_with("--grace-ms", "1000")
+    }
+
+    pub fn teardown_with(&mut self, option: &str, value: &str) -> std::process::Output {
         self.kill();
         Command::new(env!("CARGO_BIN_EXE_epagent-runner"))
             .args(["teardown", "--config"])
             .arg(&self.config)
-            .args(["--grace-ms", "1000"])
+            .args([option, value])
             .output()
             .unwrap()
     }
