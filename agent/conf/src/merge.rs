@@ -27,8 +27,19 @@ pub fn merge<T: DeserializeOwned>(daemon: Daemon, sources: &[Source]) -> Result<
     collect(&merged, "", sources, &mut places);
     // The whole has no place: what is missing in it is missing everywhere.
     let config = T::deserialize(Deserializer::from(Spanned::new(0..0, merged)))
-        .map_err(|error| syntax(sources, error.message(), error.span()))?;
+        .map_err(|error| syntax(sources, &without_value(error.message()), error.span()))?;
     Ok(Loaded { config, origins: Origins { places } })
+}
+
+/// What is wrong with a value, without the value: `env = "URL=https://user:password@host"` where a table belongs is
+/// told to logs and bundles.
+fn without_value(message: &str) -> String {
+    match (message.find("string \""), message.rfind("\", expected")) {
+        (Some(start), Some(end)) if start < end => {
+            format!("{}string{}", &message[..start], &message[end + 1..])
+        }
+        _ => message.to_owned(),
+    }
 }
 
 /// What a file of the folder says to this daemon. What it says to others is theirs to judge, but it has to be to one

@@ -120,6 +120,13 @@ fn a_mistake_is_refused_with_its_file_and_line() {
 }
 
 #[test]
+fn a_mistake_is_told_without_the_value() {
+    let etc = Etc::new("node = 1\n[build]\nenv = \"INDEX=https://user:canary@host\"\n");
+    etc.refused("runner.toml", "invalid type: string, expected a map");
+    assert!(!etc.load().unwrap_err().contains("canary"));
+}
+
+#[test]
 fn what_others_can_write_is_refused() {
     let etc = Etc::new(MAIN);
     etc.write("conf.d/50-site.toml", "[runner]\nnode = 4\n");
