@@ -8,7 +8,8 @@ use super::Json;
 
 #[derive(Debug, Subcommand)]
 pub enum DebugVerb {
-    /// Write what support needs to know of this node to one file; secrets, variables and logs of apps are not in it
+    /// Write what support needs to know of this node to one file; secrets, variables and logs of apps are not in it, what
+    /// manifests say in the open is
     Bundle {
         #[command(flatten)]
         node: OfNode,

@@ -2,9 +2,9 @@
 //! from what the host offers.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -161,6 +161,8 @@ fn agent<'a>(inputs: &'a Inputs<'a>) -> AgentToml<'a> {
 pub fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let next = path.with_extension("next");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&next)?;
+    // Whatever the umask took of it.
+    file.set_permissions(Permissions::from_mode(mode))?;
     file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&next, path)

@@ -2,21 +2,24 @@
 //!
 //! ```text
 //!   check the host ─▶ choose (size of the pool, node number) ─▶ the key of the secrets ─▶ /etc/epagent/epagentd.toml
-//!     ─▶ the balancer's addresses ─▶ /etc/epagent/runner.toml ─▶ systemctl enable --now ─▶ the agent answers
+//!     ─▶ the balancer's addresses ─▶ /etc/epagent/runner.toml ─▶ systemctl enable --now ─▶ all of it answers
+//!                                                                         └─ not in time ─▶ taken back
 //! ```
 //!
 //! The units wait for `runner.toml`, which is written last: an init that is cut short has started nothing and can be
-//! run again. One that is through refuses to run again, since a second pool or other ids would lose every app.
+//! run again, and so can one whose node did not come up. One that is through refuses to run again, since a second pool
+//! or other ids would lose every app.
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::SocketAddr;
+use std::net::{Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use epagent_wire::api::Status;
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{Group, User};
 
@@ -36,6 +39,9 @@ const KEY: &str = "/etc/epagent/credentials/key";
 const KEY_BYTES: usize = 32;
 /// Takes the place of the addresses in epagent-balancer.socket.
 const LISTEN_DROP_IN: &str = "/etc/systemd/system/epagent-balancer.socket.d/50-listen.conf";
+/// Of a pool that is mounted somewhere: nothing of the node begins before it is.
+const POOL_DROP_IN: &str = "/etc/systemd/system/epagent-instances.service.d/50-pool.conf";
+const DROP_IN_HEADER: &str = "# Written by `epagent init`.\n";
 /// The delegated cgroup of epagent-instances.service, and the folder in it that is the runner's.
 const CGROUP: &str = "epagent.slice/epagent-instances.service/apps";
 const UNITS: [&str; 7] = [
@@ -54,6 +60,7 @@ const POOL_BYTES_MIN: u64 = 2 << 30;
 const MIB: u64 = 1 << 20;
 /// How long the agent may take to answer: it makes the pool first.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
+const ANSWER_BYTES_MAX: u64 = 1 << 20;
 const LOOK: Duration = Duration::from_millis(100);
 
 #[derive(Debug, clap::Args)]
@@ -88,6 +95,8 @@ enum InitError {
     BadNode { number: u8 },
     #[error("{} can't hold the pool: {why}", path.display())]
     BadPool { path: PathBuf, why: String },
+    #[error("{address} can't be listened on")]
+    Listen { address: SocketAddr, source: io::Error },
     #[error("{} can't be written", path.display())]
     Write { path: PathBuf, source: io::Error },
     #[error("the configuration can't be written as TOML")]
@@ -96,6 +105,8 @@ enum InitError {
     Systemctl { arguments: String, why: String },
     #[error("the agent does not answer on {RUN}/admin.sock")]
     Silent,
+    #[error("the runner does not come up")]
+    NoRunner,
 }
 
 pub fn run(args: &InitArgs) -> Result<(), Failure> {
@@ -114,6 +125,7 @@ fn init(args: &InitArgs) -> Result<(), InitError> {
     let node = Node::new(args.node).ok_or(InitError::BadNode { number: args.node })?;
     let (brain_uid, admin_gid, balancer_gid) = users()?;
     let pool = pool(args)?;
+    check_addresses(&args.listen)?;
     let http = match args.listen.as_slice() {
         [] => "0.0.0.0:80".to_owned(),
         [first, ..] => first.to_string(),
@@ -135,8 +147,12 @@ fn init(args: &InitArgs) -> Result<(), InitError> {
     .map_err(InitError::Toml)?;
     make_key()?;
     write(&Path::new(ETC).join("epagentd.toml"), &with_header(&files.agent))?;
+    remove_drop_ins();
     if !args.listen.is_empty() {
         write(Path::new(LISTEN_DROP_IN), &drop_in(&args.listen))?;
+    }
+    if let Pool::Path { path } = &pool {
+        write(Path::new(POOL_DROP_IN), &pool_drop_in(path))?;
     }
     write(&done, &with_header(&files.runner))?;
     say(&match &pool {
@@ -148,14 +164,70 @@ fn init(args: &InitArgs) -> Result<(), InitError> {
             "{name} is not passed on to builds: its value holds a password that every tenant would see"
         ));
     }
-    systemctl(&["daemon-reload"])?;
-    systemctl(&[&["enable", "--now", "--quiet"][..], &UNITS].concat())?;
-    await_agent()?;
+    if let Err(error) = start() {
+        take_back(&done);
+        return Err(error);
+    }
     say(&format!("ready: HTTP on {http}; deploy with `epagent deploy DIR`, look with `epagent status`"));
     Ok(())
 }
 
-/// The brain's uid, and the operators' gid; the package has made them.
+fn start() -> Result<(), InitError> {
+    systemctl(&["daemon-reload"])?;
+    systemctl(&[&["enable", "--now", "--quiet"][..], &UNITS].concat())?;
+    await_node()
+}
+
+/// Stops what was started and leaves no configuration, so that it can be run again. The key stays, and what was made
+/// of the pool.
+fn take_back(runner_toml: &Path) {
+    let stop = [
+        "epagentd.service",
+        "epagent-runner.service",
+        "epagent-balancer.service",
+        "epagent-lease.service",
+        "epagent-instances.service",
+    ];
+    let undone = [
+        systemctl(&[&["disable", "--now", "--quiet"][..], &UNITS].concat()),
+        systemctl(&[&["stop", "--quiet"][..], &stop].concat()),
+    ];
+    // By then nobody reads it any more.
+    let _ = fs::remove_file(runner_toml);
+    remove_drop_ins();
+    let reloaded = systemctl(&["daemon-reload"]);
+    for error in undone.into_iter().chain([reloaded]).filter_map(Result::err) {
+        say(&error.to_string());
+    }
+    say("taken back; nothing runs");
+}
+
+/// What an earlier run wrote would be in force beside what this one says.
+fn remove_drop_ins() {
+    for path in [LISTEN_DROP_IN, POOL_DROP_IN] {
+        if fs::read_to_string(path).is_ok_and(|text| text.starts_with(DROP_IN_HEADER)) {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Somebody else's server on these addresses would be found out when half of the node runs. An address that is not
+/// there yet is fine: a network may come up late.
+fn check_addresses(listen: &[SocketAddr]) -> Result<(), InitError> {
+    let all = [SocketAddr::from((Ipv6Addr::UNSPECIFIED, 80))];
+    let mut held = Vec::new();
+    for address in if listen.is_empty() { &all } else { listen } {
+        match TcpListener::bind(address) {
+            Ok(listener) => held.push(listener),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                return Err(InitError::Listen { address: *address, source: error });
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
 /// The brain, the group of operators, and the balancer's group.
 fn users() -> Result<(u32, u32, u32), InitError> {
     let missing = |kind, name| InitError::NoUser { kind, name };
@@ -181,12 +253,22 @@ fn pool(args: &InitArgs) -> Result<Pool, InitError> {
         if kind != nix::sys::statfs::BTRFS_SUPER_MAGIC {
             return Err(bad("it is not on a btrfs"));
         }
+        // It is written into a unit's drop-in.
+        let is_plain = |byte: &u8| byte.is_ascii_graphic() && !b"%\"'\\".contains(byte);
+        if !path.as_os_str().as_encoded_bytes().iter().all(is_plain) {
+            return Err(bad("its name has blanks or signs that mean something to systemd"));
+        }
         return Ok(Pool::Path { path: path.clone() });
     }
     let folder = Path::new(STATE);
-    let free_bytes =
+    let mut free_bytes =
         statvfs(folder).map_or(0, |disk| disk.blocks_available().saturating_mul(disk.fragment_size()));
+    let file = folder.join("pool.img");
+    // One that a purge has left is used again, as it is.
+    let kept_bytes = fs::metadata(&file).ok().map(|facts| facts.len());
+    free_bytes = free_bytes.saturating_add(kept_bytes.map_or(0, |bytes| bytes + bytes / 8));
     let size_bytes = match &args.size {
+        _ if kept_bytes.is_some() => kept_bytes.unwrap_or_default(),
         Some(text) => checks::parse_size(text)?,
         None => free_bytes / 100 * POOL_SHARE_PERCENT / MIB * MIB,
     };
@@ -195,7 +277,7 @@ fn pool(args: &InitArgs) -> Result<Pool, InitError> {
         return Err(DevError::NoSpace { path: folder.to_owned(), wanted_bytes, free_bytes }.into());
     }
     let size = format!("{}M", size_bytes / MIB);
-    Ok(Pool::Loop { mount: folder.join("pool"), file: folder.join("pool.img"), size })
+    Ok(Pool::Loop { mount: folder.join("pool"), file, size })
 }
 
 fn with_header(text: &str) -> String {
@@ -207,7 +289,11 @@ fn with_header(text: &str) -> String {
 fn drop_in(listen: &[SocketAddr]) -> String {
     let lines: String = listen.iter().map(|address| format!("ListenStream={address}\n")).collect();
     // The empty one takes away what the unit itself says.
-    format!("# Written by `epagent init`.\n[Socket]\nListenStream=\n{lines}")
+    format!("{DROP_IN_HEADER}[Socket]\nListenStream=\n{lines}")
+}
+
+fn pool_drop_in(path: &Path) -> String {
+    format!("{DROP_IN_HEADER}[Unit]\nRequiresMountsFor={}\n", path.display())
 }
 
 fn write(path: &Path, text: &str) -> Result<(), InitError> {
@@ -244,25 +330,31 @@ fn systemctl(arguments: &[&str]) -> Result<(), InitError> {
     }
 }
 
-/// The socket is systemd's and takes connections at once; the agent speaks when it is up.
-fn await_agent() -> Result<(), InitError> {
+/// The socket is systemd's and takes connections at once; the agent speaks when it is up, and says when the runner is.
+fn await_node() -> Result<(), InitError> {
     let deadline = Instant::now() + ANSWER_MAX;
+    let mut missing = InitError::Silent;
     while Instant::now() < deadline {
-        if answers().unwrap_or(false) {
-            return Ok(());
+        match status() {
+            Ok(status) if status.parts.get("runner").is_some_and(|runner| runner.starts_with("ok")) => {
+                return Ok(());
+            }
+            Ok(_) => missing = InitError::NoRunner,
+            Err(_) => {}
         }
         std::thread::sleep(LOOK);
     }
-    Err(InitError::Silent)
+    Err(missing)
 }
 
-fn answers() -> io::Result<bool> {
+fn status() -> io::Result<Status> {
     let mut stream = UnixStream::connect(Path::new(RUN).join("admin.sock"))?;
     stream.set_read_timeout(Some(ANSWER_MAX))?;
-    stream.write_all(b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-    let mut head = [0; 12];
-    stream.read_exact(&mut head)?;
-    Ok(head.starts_with(b"HTTP/1.1 200"))
+    stream.write_all(b"GET /v1/status HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer)?;
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;
+    Ok(serde_json::from_slice(&answer[end + 4..])?)
 }
 
 fn say(line: &str) {
@@ -287,6 +379,11 @@ impl From<InitError> for Failure {
             InitError::Systemctl { .. } => {
                 ("systemctl_failed", "`systemctl status 'epagent*'` and the journal say more")
             }
+            InitError::Listen { .. } => (
+                "port_taken",
+                "`ss -ltnp` shows whose it is; stop that server, or name other addresses with --listen",
+            ),
+            InitError::NoRunner => ("runner_away", "`journalctl -u epagent-runner` says why"),
             InitError::Silent => ("agent_unreachable", "`journalctl -u 'epagent*'` says why"),
             InitError::Write { .. } | InitError::Toml(_) => ("system_error", ""),
         };

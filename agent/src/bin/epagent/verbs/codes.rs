@@ -382,6 +382,12 @@ pub const CODES: &[Code] = &[
         "Make it faster, or raise `[build] deadline`.",
     ),
     code(
+        "port_taken",
+        "`epagent init` was to listen where somebody else's server does.",
+        "Each address takes HTTP for one server.",
+        "`ss -ltnp` shows whose it is; stop it, or name other addresses with --listen.",
+    ),
+    code(
         "refused",
         "The runner did not carry out a request.",
         "Something of the name does not exist or is in use, or a bound was reached; its message says which.",

@@ -5,6 +5,9 @@
 //! private ones left out by the daemons themselves; of commands and files only those are looked at that hold none of
 //! it. So no command lines of processes (`systemctl status` has them), no environments of units, no logs of apps.
 //!
+//! What a manifest says in the open is in it: commands of builds and releases that failed, static pages, redirects. Who
+//! writes a password into one of them has written it into the events too.
+//!
 //! What can't be had is named in the bundle; a node that is down gets one all the same.
 
 use std::fs::OpenOptions;
