@@ -81,7 +81,8 @@ fn set_up(vm: &Vm) {
     install(vm, DEBS);
     // Inert until it is set up.
     assert_eq!(vm.succeed("systemctl list-units --no-legend --state=active 'epagent*' || true").trim(), "");
-    vm.run_within("epagent init --size 3G", Duration::from_secs(60)).ok();
+    // Hardened hosts have such a umask; the agent is not root and has to read its configuration.
+    vm.run_within("umask 077; epagent init --size 3G", Duration::from_secs(60)).ok();
 }
 
 #[track_caller]
@@ -104,6 +105,10 @@ fn all_is_well(vm: &Vm) {
 #[track_caller]
 fn nothing_failed(vm: &Vm) {
     assert_eq!(vm.succeed("systemctl --failed --no-legend"), "");
+    let ends = vm.succeed(
+        "journalctl -b --no-pager _PID=1 | grep epagent | grep -E 'Watchdog timeout|dumped core|code=exited, status=[1-9]' || true",
+    );
+    assert_eq!(ends, "", "a unit ended by mistake");
     let noise =
         vm.succeed("journalctl -b -k --no-pager | grep -iE 'avc:|audit.*type=1326|audit: seccomp' || true");
     assert_eq!(noise, "", "the kernel refused something");
@@ -265,6 +270,17 @@ fn what_was_purged_leaves_the_machine_as_it_was(release: Release) {
     // Removed and installed again, it goes on where it was.
     install(&vm, DEBS);
     vm.wait_until_succeeds("epagent status", Duration::from_secs(30));
+    // A purge leaves the apps' files, and `init` goes on with them, pool, key and state, where it asks for the same.
+    deploy(&vm, "counter");
+    let visits = visit(&vm);
+    apt(&vm, "purge", "");
+    vm.succeed("test -e /var/lib/epagent/pool.img && test -e /etc/epagent/credentials/key");
+    vm.fail("test -e /etc/epagent/runner.toml");
+    install(&vm, DEBS);
+    refuses_a_port_that_is_taken(&vm);
+    vm.run_within("epagent init", Duration::from_secs(60)).ok();
+    assert_eq!(visit(&vm), visits + 1, "the visits were forgotten");
+    nothing_failed(&vm);
     remove(&vm, "purge");
     assert_eq!(
         changes(&before, &files(&vm)),
@@ -276,10 +292,25 @@ fn what_was_purged_leaves_the_machine_as_it_was(release: Release) {
 
 #[track_caller]
 fn remove(vm: &Vm, how: &str) {
+    apt(vm, how, "EPAGENT_PURGE_POOL=yes");
+}
+
+#[track_caller]
+fn apt(vm: &Vm, how: &str, variable: &str) {
     let command = format!(
-        "DEBIAN_FRONTEND=noninteractive EPAGENT_PURGE_POOL=yes apt-get {how} -y -q epagent epagent-cli epagent-doc"
+        "DEBIAN_FRONTEND=noninteractive {variable} apt-get {how} -y -q epagent epagent-cli epagent-doc"
     );
     vm.run_within(&command, Duration::from_secs(90)).ok();
+}
+
+/// Nothing is begun with where somebody else listens, and nothing is left of the attempt.
+#[track_caller]
+fn refuses_a_port_that_is_taken(vm: &Vm) {
+    vm.succeed("systemd-run --quiet --unit=other python3 -m http.server 80");
+    vm.wait_until_succeeds("curl -s -o /dev/null http://127.0.0.1:80/", Duration::from_secs(30));
+    let ran = vm.run_within("epagent init", Duration::from_secs(60));
+    assert!(ran.code == Some(1) && ran.stderr.contains("port_taken"), "{ran}");
+    vm.succeed("systemctl stop other; test ! -e /etc/epagent/runner.toml");
 }
 
 /// Every file of the root's file system with its kind, mode and owner, but for what changes by itself. The accounts
