@@ -6,11 +6,11 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -21,7 +21,14 @@ pub struct Guest {
     port: Mutex<UnixStream>,
     shared: Arc<Shared>,
     next: AtomicU64,
+    /// What the guest's kernel says.
+    console: PathBuf,
 }
+
+/// How often it is looked at whether the guest's kernel still lives.
+const LOOK: Duration = Duration::from_secs(5);
+/// Its last words. Emulated kernels die now and then while they patch themselves (qemu 7.2).
+const LAST_WORDS: &str = "Kernel panic - not syncing";
 
 /// What the reading thread and the askers share.
 #[derive(Default)]
@@ -38,6 +45,8 @@ pub enum Silence {
     Late(Duration),
     /// The machine is gone, or was reset in the meantime.
     Gone,
+    /// Its kernel is dead.
+    Dead,
     /// The agent could not do it, and says why.
     Refused(String),
 }
@@ -47,6 +56,7 @@ impl std::fmt::Display for Silence {
         match self {
             Self::Late(time) => write!(f, "the guest did not answer within {time:?}"),
             Self::Gone => write!(f, "the guest is gone"),
+            Self::Dead => write!(f, "the guest's kernel has panicked"),
             Self::Refused(why) => write!(f, "the guest's agent could not: {why}"),
         }
     }
@@ -54,14 +64,14 @@ impl std::fmt::Display for Silence {
 
 impl Guest {
     /// Connects to the port's socket, which qemu has bound by the time its control socket answers.
-    pub fn connect(socket: &Path) -> std::io::Result<Self> {
+    pub fn connect(socket: &Path, console: PathBuf) -> std::io::Result<Self> {
         let port = UnixStream::connect(socket)?;
         let reading = BufReader::new(port.try_clone()?);
         let shared = Arc::new(Shared::default());
         let known = shared.clone();
         // Ends with the connection, so with the machine.
         std::thread::spawn(move || known.read(reading));
-        Ok(Self { port: Mutex::new(port), shared, next: AtomicU64::new(1) })
+        Ok(Self { port: Mutex::new(port), shared, next: AtomicU64::new(1), console })
     }
 
     /// Asks and waits for the answer.
@@ -71,9 +81,33 @@ impl Guest {
         let (sender, answer) = channel();
         lock(&self.shared.waiting).insert(id, sender);
         let sent = self.send(&request);
-        let got = if sent { wait(&answer, deadline) } else { Err(Silence::Gone) };
+        let got = if sent { self.wait(&answer, deadline) } else { Err(Silence::Gone) };
         lock(&self.shared.waiting).remove(&id);
         got
+    }
+
+    fn wait(&self, answer: &Receiver<Value>, deadline: Duration) -> Result<Value, Silence> {
+        let end = Instant::now() + deadline;
+        loop {
+            match answer.recv_timeout(LOOK.min(end.saturating_duration_since(Instant::now()))) {
+                Ok(message) => {
+                    return match message["error"].as_str() {
+                        Some(why) => Err(Silence::Refused(why.to_owned())),
+                        None => Ok(message),
+                    };
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(Silence::Gone),
+                Err(RecvTimeoutError::Timeout) if self.is_dead() => return Err(Silence::Dead),
+                Err(RecvTimeoutError::Timeout) if Instant::now() >= end => {
+                    return Err(Silence::Late(deadline));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    fn is_dead(&self) -> bool {
+        std::fs::read(&self.console).is_ok_and(|said| String::from_utf8_lossy(&said).contains(LAST_WORDS))
     }
 
     /// Sends a request whose answer nobody waits for: the machine goes down over it.
@@ -118,17 +152,6 @@ impl Shared {
             }
         }
         lock(&self.waiting).clear();
-    }
-}
-
-fn wait(answer: &Receiver<Value>, deadline: Duration) -> Result<Value, Silence> {
-    match answer.recv_timeout(deadline) {
-        Ok(message) => match message["error"].as_str() {
-            Some(why) => Err(Silence::Refused(why.to_owned())),
-            None => Ok(message),
-        },
-        Err(RecvTimeoutError::Timeout) => Err(Silence::Late(deadline)),
-        Err(RecvTimeoutError::Disconnected) => Err(Silence::Gone),
     }
 }
 

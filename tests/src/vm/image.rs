@@ -197,7 +197,8 @@ fn first_boot(image: &Image, payload: &Path) -> Result<(), String> {
         saved: None,
         cable: None,
     });
-    let guest = Guest::connect(&qemu.agent_socket()).map_err(|error| format!("the agent's port: {error}"))?;
+    let guest = Guest::connect(&qemu.agent_socket(), qemu.console_log())
+        .map_err(|error| format!("the agent's port: {error}"))?;
     if !guest.wait_boot(0, image.accel.boot_deadline()) {
         return Err(format!("no boot within {:?}\n{}", image.accel.boot_deadline(), qemu.console(15)));
     }

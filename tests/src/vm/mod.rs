@@ -153,7 +153,7 @@ impl Vm {
             saved: fork.then_some(saved.as_path()),
             cable: options.plug.as_ref().map(|plug| (plug.own.as_path(), plug.other.as_path())),
         });
-        let guest = Guest::connect(&qemu.agent_socket())
+        let guest = Guest::connect(&qemu.agent_socket(), qemu.console_log())
             .unwrap_or_else(|error| panic!("the port of the guest's agent: {error}"));
         if fork {
             qemu.resume();

@@ -188,7 +188,11 @@ impl Qemu {
 
     /// The end of what the machine wrote to its console.
     pub fn console(&self, lines: usize) -> String {
-        read_tail(&self.folder.path().join("console.log"), lines)
+        read_tail(&self.console_log(), lines)
+    }
+
+    pub fn console_log(&self) -> PathBuf {
+        self.folder.path().join("console.log")
     }
 }
 
