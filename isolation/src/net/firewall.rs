@@ -13,6 +13,10 @@ use crate::error::Error;
 /// nft takes some milliseconds. While a machine boots it waits for modules behind everybody else's: an emulated one took
 /// more than 10 s. It is run before and after the runner's loop and by children of it, never in it.
 const NFT_TIMEOUT: Duration = Duration::from_secs(60);
+/// For a look at what is there. With what may follow it stays below the deadline of a child of the runner's.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(20);
+/// What nft says of a table that is not there.
+const NO_SUCH: &str = "No such file or directory";
 const NFT_POLL: Duration = Duration::from_millis(2);
 /// Most of nft's words in an error.
 const NFT_ERROR_BYTES_MAX: u64 = 2048;
@@ -78,25 +82,34 @@ pub fn install_firewall(config: &FirewallConfig) -> Result<(), Error> {
         let reason = format!("resolver {resolver} is on loopback, where no instance's packet can be sent");
         return Err(Error::Refused { operation: "install packet filter", reason });
     }
-    nft("install packet filter", &ruleset(config))
+    nft("install packet filter", &ruleset(config), NFT_TIMEOUT)
 }
 
-/// Installs the table when it is gone, as after somebody's `nft flush ruleset`; whether it was.
+/// Installs the table when it is gone, as after somebody's `nft flush ruleset`; whether it was. What cannot be looked at
+/// is not gone.
 pub fn keep_firewall(config: &FirewallConfig) -> Result<bool, Error> {
-    if is_installed(config.node) {
-        return Ok(false);
+    match look(config.node) {
+        Ok(()) => Ok(false),
+        Err(Error::Refused { reason, .. }) if reason.contains(NO_SUCH) => {
+            install_firewall(config).map(|()| true)
+        }
+        Err(error) => Err(error),
     }
-    install_firewall(config).map(|()| true)
+}
+
+fn look(node: u16) -> Result<(), Error> {
+    nft("look for packet filter", &format!("list table inet epagent_{node}\n"), LOOK_TIMEOUT)
 }
 
 /// Removes the node's table; fine when there is none.
 pub fn remove_firewall(node: u16) -> Result<(), Error> {
-    nft("remove packet filter", &format!("add table inet epagent_{node}\ndelete table inet epagent_{node}\n"))
+    let script = format!("add table inet epagent_{node}\ndelete table inet epagent_{node}\n");
+    nft("remove packet filter", &script, NFT_TIMEOUT)
 }
 
 /// Whether a node's table is there.
 pub(super) fn is_installed(node: u16) -> bool {
-    nft("look for packet filter", &format!("list table inet epagent_{node}\n")).is_ok()
+    look(node).is_ok()
 }
 
 /// The whole table. `accept` in one chain ends that chain alone: what other tables of the host say still counts.
@@ -203,7 +216,7 @@ fn as_v6(address: &IpAddr) -> Option<Ipv6Addr> {
 }
 
 /// Runs `nft -f -` on a script of at most a few KiB, with a deadline.
-fn nft(operation: &'static str, script: &str) -> Result<(), Error> {
+fn nft(operation: &'static str, script: &str, timeout: Duration) -> Result<(), Error> {
     let failed = |source| Error::Call { operation, source };
     let mut child = Command::new("nft")
         .args(["-f", "-"])
@@ -216,7 +229,7 @@ fn nft(operation: &'static str, script: &str) -> Result<(), Error> {
         // Less than a pipe holds. A child that ended early is judged by its status.
         let _ = stdin.write_all(script.as_bytes());
     }
-    let deadline = Instant::now() + NFT_TIMEOUT;
+    let deadline = Instant::now() + timeout;
     let status = loop {
         match child.try_wait().map_err(failed)? {
             Some(status) => break status,

@@ -21,6 +21,8 @@ use crate::error::Error;
 const STATE_DIR: &str = "/run/epagent-forwarding";
 const BEFORE: &str = "before.json";
 const SYSCTL: &str = "/proc/sys/net";
+/// Makes every interface a router's.
+const ROUTER: &str = "ipv6/conf/all/forwarding";
 
 /// Name below /proc/sys/net, and value.
 type Setting = (String, String);
@@ -32,8 +34,10 @@ type Before = Vec<Setting>;
 /// so that nothing is ever forwarded unfiltered.
 pub fn enable_forwarding(node: u16) -> Result<Vec<String>, Error> {
     let _lock = lock()?;
+    let file = Path::new(STATE_DIR).join(BEFORE);
+    let mut before = read_before(&file)?;
     let mut changes = Vec::new();
-    for (name, value) in wanted()? {
+    for (name, value) in wanted(&before)? {
         if let Some(now) = read_setting(&name)?.filter(|now| *now != value) {
             changes.push((name, value, now));
         }
@@ -41,8 +45,6 @@ pub fn enable_forwarding(node: u16) -> Result<Vec<String>, Error> {
     if changes.is_empty() && mark(node).exists() {
         return Ok(Vec::new());
     }
-    let file = Path::new(STATE_DIR).join(BEFORE);
-    let mut before = read_before(&file)?;
     for (name, _, now) in &changes {
         if !before.iter().any(|(known, _)| known == name) {
             before.push((name.clone(), now.clone()));
@@ -75,25 +77,29 @@ pub fn disable_forwarding(node: u16) -> Result<(), Error> {
     remove_if_there(&file)
 }
 
-/// `accept_ra` before `all/forwarding`, and of every interface of the host's: one that turns router with `accept_ra` 1
-/// loses its default route, or never gets one when it comes up later.
-fn wanted() -> Result<Vec<Setting>, Error> {
+/// `accept_ra` before `all/forwarding`: an interface that turns router with `accept_ra` 1 loses its default route, or
+/// gets none when it comes up later. So it is set on every interface of the host's, where it was in force until we made
+/// the host a router; on a host that is one anyway it is the uplinks' alone, since the others face strangers.
+fn wanted(before: &Before) -> Result<Vec<Setting>, Error> {
     let list = || -> io::Result<_> {
         let mut rtnl = Rtnl::open()?;
         Ok((rtnl.links()?, rtnl.default_route_links()?))
     };
     let (links, uplinks) = list().map_err(Error::call("list uplinks"))?;
+    let by_us = before.iter().any(|(name, value)| name == ROUTER && value == "0")
+        || read_setting(ROUTER)?.is_some_and(|value| value == "0");
     let mut wanted = Vec::new();
     for link in links.iter().filter(|link| !is_a_jails(&link.name)) {
-        if uplinks.contains(&link.index) {
+        let is_uplink = uplinks.contains(&link.index);
+        if is_uplink {
             wanted.push((format!("ipv4/conf/{}/forwarding", link.name), "1".to_owned()));
         }
         let accept_ra = format!("ipv6/conf/{}/accept_ra", link.name);
-        if read_setting(&accept_ra)?.is_some_and(|value| value == "1") {
+        if (is_uplink || by_us) && read_setting(&accept_ra)?.is_some_and(|value| value == "1") {
             wanted.push((accept_ra, "2".to_owned()));
         }
     }
-    wanted.push(("ipv6/conf/all/forwarding".to_owned(), "1".to_owned()));
+    wanted.push((ROUTER.to_owned(), "1".to_owned()));
     Ok(wanted)
 }
 
