@@ -100,8 +100,8 @@ impl Server {
         if let Work::Survey = work {
             return self.surveyed(result);
         }
-        if let Ok(Outcome::Network(mended)) = &result {
-            self.tell_mended(mended);
+        if let Work::KeepNetwork(_) = work {
+            return self.kept_network(result);
         }
         match (then, result) {
             (Then::Answer(to), result) => self.answer(to, result.map(|_| Reply::Done)),
@@ -115,7 +115,22 @@ impl Server {
         }
     }
 
-    fn tell_mended(&self, mended: &crate::work::Mended) {
+    /// It is tried every few seconds: what fails is told when it begins to.
+    fn kept_network(&mut self, result: Result<Outcome, Refusal>) {
+        let mended = match result {
+            Ok(Outcome::Network(mended)) => mended,
+            Ok(_) => return,
+            Err(refusal) => {
+                if self.network_fault.as_ref() != Some(&refusal.message) {
+                    tracing::warn!("look after the network: {}", refusal.message);
+                }
+                self.network_fault = Some(refusal.message);
+                return;
+            }
+        };
+        if self.network_fault.take().is_some() {
+            tracing::info!("the network can be looked after again");
+        }
         if mended.filter {
             tracing::warn!(
                 "the packet filter, table inet epagent_{}, was gone and is back; meanwhile no instance was fenced off. \

@@ -94,6 +94,11 @@ impl Disk {
         })
     }
 
+    /// Whether a release is on record.
+    pub fn has_releases(&self) -> Result<bool, DiskError> {
+        Ok(!self.releases.read::<ReleaseRecord>()?.is_empty())
+    }
+
     /// Of the pool that the records tell of.
     pub fn pool_number(&self) -> Result<Option<u16>, DiskError> {
         self.marks.read_one(POOL_MARK)

@@ -32,13 +32,20 @@ pub fn keep(main: &Path, run_dir: &Path) -> io::Result<()> {
     if from.is_dir() {
         for entry in fs::read_dir(from)? {
             let entry = entry?;
-            if entry.path().extension().is_some_and(|ending| ending == "toml") {
+            // An editor's own, which nobody reads.
+            let is_hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+            if !is_hidden && entry.path().extension().is_some_and(|ending| ending == "toml") {
                 fs::copy(entry.path(), additions.join(entry.file_name()))?;
             }
         }
     }
     // Last: without it there is no copy.
     fs::copy(main, folder.join(FILE)).map(drop)
+}
+
+/// The node is gone: the next one may go by another configuration, and fail before it has kept that.
+pub fn forget(run_dir: &Path) {
+    let _ = fs::remove_dir_all(run_dir.join(FOLDER));
 }
 
 #[cfg(test)]
@@ -53,6 +60,7 @@ mod tests {
         fs::write(&main, "node = 1\n").unwrap();
         fs::write(folder.path().join("conf.d/10-a.toml"), "[runner]\nnode = 2\n").unwrap();
         fs::write(folder.path().join("conf.d/README"), "no configuration").unwrap();
+        std::os::unix::fs::symlink("nowhere", folder.path().join("conf.d/.#10-a.toml")).unwrap();
         keep(&main, &run).unwrap();
         let names = |folder: PathBuf| {
             let entries = fs::read_dir(folder).unwrap();

@@ -79,7 +79,7 @@ fn main() -> ExitCode {
         ["teardown", "--config", file, "--in-force", run_dir] => {
             let copy = in_force::file(Path::new(run_dir));
             let file = if read(&copy).is_ok() { copy.as_path() } else { Path::new(file) };
-            teardown(file, teardown::GRACE_MS)
+            teardown(file, teardown::GRACE_MS).inspect(|()| in_force::forget(Path::new(run_dir)))
         }
         ["teardown", "--config", file, "--grace-ms", grace] => match grace.parse() {
             Ok(grace_ms) => teardown(Path::new(file), grace_ms),
@@ -114,8 +114,10 @@ fn run(file: &Path, recent: Recent) -> Result<(), String> {
     probe::refuse_without_root()?;
     let parts = recover::recover(config, listener).map_err(|error| work::chain(&error))?;
     let run_dir = &parts.config.run_dir;
-    in_force::keep(file, run_dir)
-        .map_err(|error| format!("keep the configuration in {}: {error}", run_dir.display()))?;
+    if let Err(error) = in_force::keep(file, run_dir) {
+        // Then a teardown goes by the file itself.
+        tracing::warn!("keep the configuration in {}: {error}", run_dir.display());
+    }
     tracing::info!("serving node {}, which has {} jails", parts.config.node, parts.tables.jails.len());
     let mut server =
         server::Server::new(parts, recent).map_err(|error| format!("set up the loop: {error}"))?;

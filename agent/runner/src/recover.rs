@@ -42,6 +42,19 @@ pub fn pool_config(config: &Config) -> PoolConfig {
     PoolConfig { lock_wait_ms: LOCK_WAIT_MS, ..pool }
 }
 
+/// With releases on record there is a pool, and what is not it is left as it is: see [`check_pool`].
+fn pool_to_open(config: &Config, disk: &Disk) -> Result<PoolConfig, WorkError> {
+    let mut wanted = pool_config(config);
+    if disk.pool_number()?.is_none() || !disk.has_releases()? {
+        return Ok(wanted);
+    }
+    wanted.quota.enable_on_existing = false;
+    match &wanted.location {
+        Location::LoopFile { file, .. } if !file.exists() => Err(WorkError::NoPool { path: file.clone() }),
+        _ => Ok(wanted),
+    }
+}
+
 /// A pool that is not the one of the records is a disk that is not mounted, or another's: everything on record would
 /// be forgotten as gone.
 fn check_pool(pool: &Pool, disk: &Disk, records: &Records) -> Result<(), WorkError> {
@@ -83,11 +96,9 @@ pub fn recover(config: Config, listener: OwnedFd) -> Result<Parts, WorkError> {
     let binaries = Binaries::open(&config)?;
     let sockets = Sockets::open(&config.jail_sockets())?;
     let app_sockets = AppSockets::open(&config)?;
-    // Waits for a predecessor's last child, which may be writing records still.
     let disk = Disk::open(&config.state_dir)?;
-    let mut wanted = pool_config(&config);
-    // What is there now is no place to make a pool of, if there has been one: see check_pool.
-    wanted.quota.enable_on_existing &= disk.pool_number()?.is_none();
+    let wanted = pool_to_open(&config, &disk)?;
+    // Waits for a predecessor's last child, which may be writing records still.
     let pool = Pool::open_or_create(&wanted)?;
     let records = disk.read()?;
     check_pool(&pool, &disk, &records)?;

@@ -176,6 +176,8 @@ pub struct Server {
     serial: u64,
     next_tick: Instant,
     network_at: Instant,
+    /// What is wrong with looking after the network, told once.
+    pub network_fault: Option<String>,
     /// The service manager wants to hear from the loop, every few seconds (`WatchdogSec=`).
     is_watched: bool,
 }
@@ -229,6 +231,7 @@ impl Server {
             next_tick: Instant::now(),
             // It was set up a moment ago.
             network_at: Instant::now() + NETWORK_EVERY,
+            network_fault: None,
             is_watched: sd_notify::watchdog_enabled().is_some(),
         })
     }

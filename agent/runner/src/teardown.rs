@@ -89,7 +89,13 @@ fn close_pool(config: &Config) -> Result<(), String> {
     if !exists {
         return Ok(());
     }
-    let pool = Pool::open_or_create(&pool_config(config)).map_err(|error| chain(&error))?;
+    let mut wanted = pool_config(config);
+    // A disk that is not mounted leaves a folder of somebody else's: no place to make a pool of.
+    wanted.quota.enable_on_existing = false;
+    let pool = match Pool::open_or_create(&wanted) {
+        Err(epagent_storage::Error::QuotaOff { .. }) => return Ok(()),
+        opened => opened.map_err(|error| chain(&error))?,
+    };
     let removed = pool
         .instance_root_list()
         .and_then(|roots| roots.into_iter().try_for_each(|root| pool.instance_root_remove(&root.instance)));

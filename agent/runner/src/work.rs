@@ -206,6 +206,12 @@ pub enum WorkError {
     #[error(transparent)]
     Isolation(#[from] epagent_isolation::Error),
     #[error(
+        "{} is gone, and with it the pool of the releases on record: is its disk mounted? Without it, remove the records \
+         in the state folder's `releases` to begin anew",
+        path.display()
+    )]
+    NoPool { path: std::path::PathBuf },
+    #[error(
         "{} is another pool ({found}) than the one of the {releases} releases on record ({known}): is its disk \
          mounted? Without that one, remove the records in the state folder's `releases` to begin anew",
         path.display()

@@ -34,10 +34,20 @@ fn another_pool_than_that_of_the_records_is_refused() {
     client.release("shop", 1, &[("a", "b")]);
     assert!(node.teardown().status.success());
     let (file, aside) = (node.dir.path().join("pool.img"), node.dir.path().join("aside.img"));
+    let refused = |node: &Node, why: &str| {
+        let ran = node.run_to_end();
+        let said = String::from_utf8_lossy(&ran.stderr);
+        assert!(!ran.status.success() && said.contains(why), "{said}");
+    };
     fs::rename(&file, &aside).unwrap();
-    let ran = node.run_to_end();
-    let said = String::from_utf8_lossy(&ran.stderr);
-    assert!(!ran.status.success() && said.contains("is another pool"), "{said}");
+    refused(&node, "pool.img is gone");
+    assert!(!file.exists(), "made anew");
+    // A teardown finds nothing to close, and nothing to make.
+    let mut other = Node::start();
+    other.connect().world();
+    assert!(other.teardown().status.success());
+    fs::rename(other.dir.path().join("pool.img"), &file).unwrap();
+    refused(&node, "is another pool");
     assert!(node.teardown().status.success());
     fs::rename(&aside, &file).unwrap();
     node.run();

@@ -222,6 +222,11 @@ fn check_addresses(listen: &[SocketAddr]) -> Result<(), InitError> {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 return Err(InitError::Listen { address: *address, source: error });
             }
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+                say(&format!(
+                    "{address} is no address of this machine now; it is listened on as soon as it is"
+                ));
+            }
             Err(_) => {}
         }
     }
@@ -267,10 +272,15 @@ fn pool(args: &InitArgs) -> Result<Pool, InitError> {
     // One that a purge has left is used again, as it is.
     let kept_bytes = fs::metadata(&file).ok().map(|facts| facts.len());
     free_bytes = free_bytes.saturating_add(kept_bytes.map_or(0, |bytes| bytes + bytes / 8));
-    let size_bytes = match &args.size {
-        _ if kept_bytes.is_some() => kept_bytes.unwrap_or_default(),
-        Some(text) => checks::parse_size(text)?,
-        None => free_bytes / 100 * POOL_SHARE_PERCENT / MIB * MIB,
+    let size_bytes = match (&args.size, kept_bytes) {
+        (asked, Some(bytes)) => {
+            if asked.is_some() {
+                say(&format!("{} is there already and stays as large as it is", file.display()));
+            }
+            bytes
+        }
+        (Some(text), None) => checks::parse_size(text)?,
+        (None, None) => free_bytes / 100 * POOL_SHARE_PERCENT / MIB * MIB,
     };
     if size_bytes < POOL_BYTES_MIN || size_bytes.saturating_add(POOL_BYTES_MIN / 8) > free_bytes {
         let wanted_bytes = size_bytes.max(POOL_BYTES_MIN);
@@ -335,7 +345,7 @@ fn await_node() -> Result<(), InitError> {
     let deadline = Instant::now() + ANSWER_MAX;
     let mut missing = InitError::Silent;
     while Instant::now() < deadline {
-        match status() {
+        match status(deadline.saturating_duration_since(Instant::now()).max(LOOK)) {
             Ok(status) if status.parts.get("runner").is_some_and(|runner| runner.starts_with("ok")) => {
                 return Ok(());
             }
@@ -347,9 +357,9 @@ fn await_node() -> Result<(), InitError> {
     Err(missing)
 }
 
-fn status() -> io::Result<Status> {
+fn status(wait: Duration) -> io::Result<Status> {
     let mut stream = UnixStream::connect(Path::new(RUN).join("admin.sock"))?;
-    stream.set_read_timeout(Some(ANSWER_MAX))?;
+    stream.set_read_timeout(Some(wait))?;
     stream.write_all(b"GET /v1/status HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer)?;
@@ -381,7 +391,8 @@ impl From<InitError> for Failure {
             }
             InitError::Listen { .. } => (
                 "port_taken",
-                "`ss -ltnp` shows whose it is; stop that server, or name other addresses with --listen",
+                "`ss -ltnp` shows whose it is; stop that server, or name other addresses with --listen ([::] takes IPv4 \
+                 too)",
             ),
             InitError::NoRunner => ("runner_away", "`journalctl -u epagent-runner` says why"),
             InitError::Silent => ("agent_unreachable", "`journalctl -u 'epagent*'` says why"),
