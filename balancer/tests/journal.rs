@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
@@ -30,6 +30,16 @@ fn balancer(arguments: &[&str], stderr: &Path, stream: impl Fn(u64, u64) -> Stri
     let mut command = Command::new(env!("CARGO_BIN_EXE_epagent-balancer"));
     command.args(arguments).env("JOURNAL_STREAM", stream(facts.dev(), facts.ino())).stderr(file);
     command
+}
+
+/// Ends with the test, also with one that fails.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// The next entry that says something.
@@ -63,10 +73,9 @@ fn words_go_to_the_journal_with_their_facts_where_stderr_leads_there_and_only_th
 
         fs::write(&config, "[[listeners]]\nname = \"web\"\naddress = \"127.0.0.1:0\"\nmode = \"http\"\n")
             .unwrap();
-        let mut running = balancer(&run, &stderr, leads_there).spawn().unwrap();
+        let running = Running(balancer(&run, &stderr, leads_there).spawn().unwrap());
         let listening = entry(&journal, "listening: http on 127.0.0.1:");
-        running.kill().unwrap();
-        running.wait().unwrap();
+        drop(running);
         assert_eq!(
             listening[1..],
             ["PRIORITY=6", "SYSLOG_IDENTIFIER=epagent-balancer", "EPAGENT_LISTENER=http"]
