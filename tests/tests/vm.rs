@@ -19,6 +19,9 @@ const NOT_HERE: [(&str, &str); 3] = [
 ];
 /// Of the end-to-end suites, those in which the machine decides: its cgroups, its systemd, its kernel.
 const AGENT_SUITES: [&str; 4] = ["tests::inside", "tests::own_trouble", "tests::redeploy", "tests::unix"];
+/// Others, on the main target alone: they take long where each step is emulated. The rest of the end-to-end suites is
+/// about words and files, which no machine changes.
+const LONG_SUITES: [&str; 4] = ["tests::kills", "tests::routes", "tests::verdicts", "tests::zero"];
 /// What the manifest of examples/hello asks for.
 const HELLO_MEMORY_BYTES: &str = "134217728";
 const HELLO_PIDS: &str = "64";
@@ -376,6 +379,13 @@ fn apps_deploys_and_kills_keep_their_promises_on_trixie() {
 fn apps_deploys_and_kills_keep_their_promises_on_bookworm() {
     if wanted(Extent::Whole) && listed() {
         suites_pass(Release::Bookworm, &["tests"], &AGENT_SUITES);
+    }
+}
+
+#[test]
+fn kills_routes_and_verdicts_keep_their_promises_on_trixie() {
+    if wanted(Extent::Whole) && listed() {
+        suites_pass(Release::Trixie, &["tests"], &LONG_SUITES);
     }
 }
 
