@@ -89,7 +89,15 @@ impl Node {
 
     /// The same, of one that ends by itself.
     pub fn run_to_end(&self) -> std::process::Output {
-        self.command().stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap()
+        let mut child = self.command().stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + SOON;
+        while child.try_wait().unwrap().is_none() {
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child.wait_with_output().unwrap()
     }
 
     fn command(&self) -> Command {
