@@ -19,7 +19,7 @@ pub trait Door {
     fn remove_listener(&mut self, id: ListenerId);
 
     /// Takes operations, in order, leaving the vector empty. They take effect at the latest when
-    /// [`Door::wait`] is called.
+    /// [`Door::wait`] is called and nothing has completed yet.
     fn apply(&mut self, ops: &mut Vec<Op>) -> io::Result<()>;
 
     /// Waits until something completes, the door is woken, or the time is up; then appends what completed.

@@ -1,11 +1,18 @@
 //! Sockets as both doors make and end them.
 
+use std::io::IoSlice;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{
+    self, AddressFamily, SendAncillaryBuffer, SendFlags, SocketFlags, SocketType, connect, sendmsg,
+    socket_with, sockopt,
+};
+
+use crate::core::chunk::Chunk;
+use crate::core::io::AfterSend;
 
 /// Sets the options of a TCP socket, or of a listener, from which the accepted ones inherit them: that saves the
 /// system calls for each. A socket without them works too.
@@ -37,6 +44,19 @@ pub fn begin_connect(address: SocketAddr) -> rustix::io::Result<OwnedFd> {
 /// The error that a socket has, which is none when its connect worked.
 pub fn error(socket: impl AsFd) -> rustix::io::Result<()> {
     sockopt::socket_error(socket)?
+}
+
+/// Sends what fits now; EAGAIN when nothing does. What FIN is to follow waits for it.
+pub fn send(socket: impl AsFd, chunks: &[Chunk], after: AfterSend) -> rustix::io::Result<usize> {
+    let mut flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    flags.set(SendFlags::MORE, after == AfterSend::Fin);
+    retry_on_intr(|| match chunks {
+        [only] => net::send(&socket, only, flags),
+        several => {
+            let slices: Vec<IoSlice<'_>> = several.iter().map(|chunk| IoSlice::new(chunk)).collect();
+            sendmsg(&socket, &slices, &mut SendAncillaryBuffer::default(), flags)
+        }
+    })
 }
 
 /// From now on, closing the socket is a reset.

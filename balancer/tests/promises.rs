@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use epagent_balancer::core::chunk::{Chunk, Chunks};
 use epagent_balancer::core::io::{
-    Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId,
+    AfterSend, Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId,
 };
 use epagent_balancer::door::Door;
 use epagent_balancer::doors::{AnyDoor, BufferSizes, Io};
@@ -189,10 +189,10 @@ fn a_send_that_does_not_wait_ends_at_once_and_one_that_waits_ends_when_there_is_
         let (mut client, sock) = rig.connection();
         // Until the socket's buffer is full.
         while {
-            rig.apply([Op::Send { sock, chunks: chunks(16), mode: SendMode::Try, last: false }]);
+            rig.apply([Op::Send { sock, chunks: chunks(16), mode: SendMode::Try, after: AfterSend::GoOn }]);
             rig.until("its end", sent(sock)).expect("a peer that is there") > 0
         } {}
-        rig.apply([Op::Send { sock, chunks: chunks(1), mode: SendMode::WaitSome, last: false }]);
+        rig.apply([Op::Send { sock, chunks: chunks(1), mode: SendMode::WaitSome, after: AfterSend::GoOn }]);
         for _ in 0..3 {
             rig.wake();
         }
@@ -209,11 +209,62 @@ fn a_send_that_does_not_wait_ends_at_once_and_one_that_waits_ends_when_there_is_
 }
 
 #[test]
+fn a_send_that_nothing_follows_tells_how_much_was_taken_with_whatever_completes_next() {
+    by_each_door(|mut rig| {
+        let (client, sock) = rig.connection();
+        let quiet = |pieces| Op::Send {
+            sock,
+            chunks: chunks(pieces),
+            mode: SendMode::Try,
+            after: AfterSend::Nothing,
+        };
+        let (offered, mut taken) = (16 * 65_536, 0);
+        loop {
+            rig.apply([quiet(16)]);
+            let bytes = rig.until("its end", sent(sock)).expect("a peer that is there");
+            taken += bytes;
+            if bytes < offered {
+                break;
+            }
+        }
+        let reader = std::thread::spawn(move || {
+            let mut heard = 0;
+            let mut block = vec![0; 1 << 20];
+            while let Ok(bytes @ 1..) = (&client).read(&mut block) {
+                heard += bytes;
+            }
+            heard
+        });
+        rig.apply([Op::ShutdownWrite { sock }]);
+        rig.wake();
+        assert_eq!(reader.join().expect("it reads to the end"), taken, "{}", rig.io);
+    });
+}
+
+#[test]
+fn many_sends_that_nothing_follows_are_each_told_once() {
+    by_each_door(|mut rig| {
+        let connections: Vec<(TcpStream, SockId)> = (0..50).map(|_| rig.connection()).collect();
+        let chunk = || std::iter::once(Chunk::owned(b"hello".to_vec())).collect::<Chunks>();
+        let send = |sock| Op::Send { sock, chunks: chunk(), mode: SendMode::Try, after: AfterSend::Nothing };
+        rig.apply(connections.iter().map(|(_, sock)| send(*sock)));
+        for (client, sock) in &connections {
+            let mut heard = [0; 5];
+            rig.wake();
+            (&mut &*client).read_exact(&mut heard).expect("what was sent");
+            assert_eq!(rig.until("its end", sent(*sock)), Ok(5));
+        }
+        let again = |said: &Completion| matches!(said, Completion::Sent { .. });
+        assert!(!rig.said.iter().any(again), "{}: told twice", rig.io);
+    });
+}
+
+#[test]
 fn the_last_bytes_travel_with_the_end() {
     by_each_door(|mut rig| {
         let (mut client, sock) = rig.connection();
         let chunks: Chunks = std::iter::once(Chunk::owned(b"goodbye".to_vec())).collect();
-        rig.apply([Op::Send { sock, chunks, mode: SendMode::Try, last: true }]);
+        rig.apply([Op::Send { sock, chunks, mode: SendMode::Try, after: AfterSend::Fin }]);
         assert_eq!(rig.until("its end", sent(sock)), Ok(b"goodbye".len()));
         client.set_nonblocking(true).expect("a socket");
         let early = client.peek(&mut [0; 16]).expect_err("they wait for the end");
@@ -231,9 +282,9 @@ fn the_last_bytes_travel_with_the_end() {
 fn a_waiting_send_can_be_stopped() {
     by_each_door(|mut rig| {
         let (client, sock) = rig.connection();
-        rig.apply([Op::Send { sock, chunks: chunks(64), mode: SendMode::Try, last: false }]);
+        rig.apply([Op::Send { sock, chunks: chunks(64), mode: SendMode::Try, after: AfterSend::GoOn }]);
         rig.until("its end", sent(sock)).expect("a peer that is there");
-        rig.apply([Op::Send { sock, chunks: chunks(1024), mode: SendMode::WaitAll, last: false }]);
+        rig.apply([Op::Send { sock, chunks: chunks(1024), mode: SendMode::WaitAll, after: AfterSend::GoOn }]);
         rig.wake();
         rig.apply([Op::StopSend { sock }]);
         let taken = rig.until("its end", sent(sock)).expect("a peer that is there");

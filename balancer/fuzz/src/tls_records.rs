@@ -13,7 +13,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use epagent_balancer::core::chunk::Chunk;
-use epagent_balancer::core::io::{Completion, ListenerId, Op, RecvEnd, RecvMode, SendMode, SockId};
+use epagent_balancer::core::io::{
+    AfterSend, Completion, ListenerId, Op, RecvEnd, RecvMode, SendMode, SockId,
+};
 use epagent_balancer::core::secure::{Names, TlsFault};
 use epagent_balancer::door::Door;
 use epagent_balancer::tls::TlsDoor;
@@ -256,7 +258,7 @@ impl Above {
         } else if speaks && self.outcome.secured && !self.is_sending && self.outcome.end.is_none() {
             self.is_sending = true;
             let chunks = [Chunk::owned(vec![7; 20_000])].into();
-            self.ops.push(Op::Send { sock: SOCK, chunks, mode: SendMode::WaitAll, last: false });
+            self.ops.push(Op::Send { sock: SOCK, chunks, mode: SendMode::WaitAll, after: AfterSend::GoOn });
         }
     }
 

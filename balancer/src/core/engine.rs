@@ -19,7 +19,7 @@ use super::chunk::Chunk;
 use super::config::Config;
 use super::histogram::Micros;
 use super::http::request_id::RequestIds;
-use super::io::{Completion, ListenerId, Millis, Op, RecvEnd, SockId};
+use super::io::{AfterSend, Completion, ListenerId, Millis, Op, RecvEnd, SockId};
 use super::limits::Sources;
 use super::memory::Budget;
 use super::random::Random;
@@ -393,16 +393,22 @@ impl Core {
         }
     }
 
-    /// Whether all of a tunnel's bytes are sent here and its other side goes on receiving: nothing follows from
-    /// that, and it is what nearly every message comes to.
+    /// Whether all of a tunnel's bytes are sent here and nothing follows from that.
     fn passes_on(&self, id: SockId) -> bool {
-        let Some(sock) = self.socks.get(id) else { return false };
+        let all_sent = self.socks.get(id).is_some_and(|sock| sock.out.is_empty());
+        all_sent && self.after_passing(id) == AfterSend::Nothing
+    }
+
+    /// What follows from all bytes being sent here: nothing in a tunnel whose other side goes on receiving, and
+    /// that is what nearly every message comes to.
+    pub(super) fn after_passing(&self, id: SockId) -> AfterSend {
+        let Some(sock) = self.socks.get(id) else { return AfterSend::GoOn };
         let receiving =
             || sock.peer.and_then(|peer| self.socks.get(peer)).is_some_and(|peer| peer.recv == Recv::Armed);
-        matches!(sock.role, Role::Tunnel { .. })
-            && sock.finish == Finish::No
-            && sock.out.is_empty()
-            && receiving()
+        match sock.role {
+            Role::Tunnel { .. } if sock.finish == Finish::No && receiving() => AfterSend::Nothing,
+            _ => AfterSend::GoOn,
+        }
     }
 
     fn send_failed(&mut self, id: SockId) {

@@ -90,6 +90,17 @@ pub enum SendMode {
     WaitAll,
 }
 
+/// What the core does once a send is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterSend {
+    /// Nothing: of one that does not wait, a door may tell with whatever completes next.
+    Nothing,
+    /// It goes on with the socket.
+    GoOn,
+    /// FIN, as soon as all was taken, so that a door may let the two travel together.
+    Fin,
+}
+
 /// What the core asks of a door. Operations on one socket take effect in the order given.
 #[derive(Debug)]
 pub enum Op {
@@ -107,9 +118,8 @@ pub enum Op {
     Recv { sock: SockId, mode: RecvMode },
     /// End receiving. What was received before it takes effect still arrives.
     StopRecv { sock: SockId },
-    /// Send; at most one is under way for a socket. After the `last`, FIN follows as soon as it was taken, so
-    /// that a door may let the two travel together.
-    Send { sock: SockId, chunks: Chunks, mode: SendMode, last: bool },
+    /// Send; at most one is under way for a socket.
+    Send { sock: SockId, chunks: Chunks, mode: SendMode, after: AfterSend },
     /// End a send that waits; it answers with what was taken. One that has just ended is no fault.
     StopSend { sock: SockId },
     /// Speak TLS on an accepted socket, as the server, beginning with what has been read of it. Nothing may

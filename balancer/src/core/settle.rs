@@ -8,7 +8,7 @@ use super::config::Config;
 use super::engine::Core;
 use super::flow::Outcome;
 use super::http::answer::Answer;
-use super::io::{Errno, Millis, Op, RecvMode, SockId};
+use super::io::{AfterSend, Errno, Millis, Op, RecvMode, SockId};
 use super::secure::Tls;
 use super::session::{Finish, Phase, Recv, Role, Sock, UpPhase};
 
@@ -33,9 +33,15 @@ impl Core {
             // Not before a plain close: were something unread by then, it would be a reset, and what the kernel
             // had held back would never be sent.
             let fin_follows = matches!(sock.finish, Finish::Fin | Finish::Linger { .. });
-            let last = send.whole && fin_follows && sock.tls == Tls::Off;
-            self.out.push(Op::Send { sock: id, chunks: send.chunks, mode: send.mode, last });
+            let after = match (fin_follows, sock.tls) {
+                _ if !send.whole => AfterSend::GoOn,
+                (true, Tls::Off) => AfterSend::Fin,
+                (true, _) => AfterSend::GoOn,
+                (false, _) => self.after_passing(id),
+            };
+            self.out.push(Op::Send { sock: id, chunks: send.chunks, mode: send.mode, after });
         }
+        let Some(sock) = self.socks.get_mut(id) else { return };
         let (lending, spilling) = (sock.out.is_lending(), sock.out.is_spilling());
         if lending && !std::mem::replace(&mut sock.lending, true) {
             self.lenders.push(id);

@@ -37,7 +37,7 @@ use rustix::net::{Shutdown, SocketFlags};
 
 use self::buffers::Buffers;
 use self::slot::{Interest, Slot};
-use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, SendMode, SockId};
+use crate::core::io::{AfterSend, Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, SendMode, SockId};
 use crate::door::Door;
 use crate::sockets;
 use crate::table::Address;
@@ -146,9 +146,9 @@ impl Epoll {
                     self.ready.push(Completion::RecvEnded { sock, why: RecvEnd::Ended });
                 }
             }
-            Op::Send { sock, chunks, mode, last } => {
+            Op::Send { sock, chunks, mode, after } => {
                 let Some(slot) = find(&mut self.slots, sock) else { return Ok(()) };
-                match slot.send(chunks, mode, last) {
+                match slot.send(chunks, mode, after) {
                     Some(over) => self.ready.push(over),
                     None => watch(&self.epoll, slot, Interest::ReadingAndWriting),
                 }
@@ -289,7 +289,7 @@ impl Epoll {
             });
         }
         if let Some(chunks) = slot.waiting_send.take()
-            && let Some(over) = slot.send(chunks, SendMode::WaitSome, false)
+            && let Some(over) = slot.send(chunks, SendMode::WaitSome, AfterSend::GoOn)
         {
             out.push(over);
             watch(&self.epoll, slot, Interest::Reading);

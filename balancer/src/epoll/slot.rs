@@ -1,16 +1,16 @@
 //! A socket of the core's: what epoll has said of it, and what the core has asked of it.
 
-use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::EventFlags;
 use rustix::io::{Errno as SysErrno, retry_on_intr};
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recv, send, sendmsg, shutdown};
+use rustix::net::{RecvFlags, Shutdown, recv, shutdown};
 
 use super::buffers::Buffers;
-use crate::core::chunk::{Chunk, Chunks};
-use crate::core::io::{Completion, Errno, RecvEnd, RecvMode, SendMode, SockId};
+use crate::core::chunk::Chunks;
+use crate::core::io::{AfterSend, Completion, Errno, RecvEnd, RecvMode, SendMode, SockId};
+use crate::sockets;
 
 /// Most buffers one socket may fill in its turn.
 const READS_PER_TURN_MAX: usize = 4;
@@ -111,9 +111,9 @@ impl Slot {
     }
 
     /// Sends what fits. One that waits, and finds no room, is kept for later.
-    pub fn send(&mut self, chunks: Chunks, mode: SendMode, last: bool) -> Option<Completion> {
+    pub fn send(&mut self, chunks: Chunks, mode: SendMode, after: AfterSend) -> Option<Completion> {
         let sock = self.sock;
-        match send_now(&self.socket, &chunks, last) {
+        match sockets::send(&self.socket, &chunks, after) {
             Ok(bytes) => Some(Completion::Sent { sock, bytes }),
             Err(SysErrno::AGAIN) if mode != SendMode::Try => {
                 self.waiting_send = Some(chunks);
@@ -138,16 +138,4 @@ fn recv_some(socket: &OwnedFd, buffer: &mut Vec<u8>, room: usize) -> rustix::io:
     let count = received.map_or(0, |(_, count)| count);
     buffer.truncate(count);
     received.map(|_| count)
-}
-
-fn send_now(socket: &OwnedFd, chunks: &[Chunk], last: bool) -> rustix::io::Result<usize> {
-    let mut flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    flags.set(SendFlags::MORE, last);
-    retry_on_intr(|| match chunks {
-        [only] => send(socket, only, flags),
-        several => {
-            let slices: Vec<IoSlice<'_>> = several.iter().map(|chunk| IoSlice::new(chunk)).collect();
-            sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), flags)
-        }
-    })
 }

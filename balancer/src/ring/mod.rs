@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::types::{Fd, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode, squeue};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{self, SockaddrLike, SockaddrStorage};
 use rustix::net::SocketFlags;
@@ -35,7 +35,9 @@ use self::sends::{Pointers, Sends};
 use self::setup::Receives;
 use self::token::Token;
 use crate::core::chunk::Chunks;
-use crate::core::io::{Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId};
+use crate::core::io::{
+    AfterSend, Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId,
+};
 use crate::door::Door;
 use crate::sockets;
 use crate::table::Address;
@@ -44,6 +46,8 @@ use crate::unix::UnixSockets;
 /// After so much a multishot receive is armed anew, where the kernel can end it: what a burst may bring
 /// before the core is asked.
 const CAP_BYTES: u32 = 128 * 1024;
+/// Most sends whose ends are told of later: what they were sent from is lent until then.
+const UNTOLD_MAX: usize = 32;
 
 /// The io_uring door of one thread.
 pub struct Ring {
@@ -52,12 +56,14 @@ pub struct Ring {
     buffers: Buffers,
     receives: Receives,
     sends: Sends,
+    /// Sends of this batch that complete only if they fail or fall short: their slots, and how much they are of.
+    untold: Vec<(u32, usize)>,
     slots: Vec<Slot>,
     listeners: HashMap<u32, Arc<OwnedFd>>,
     /// Addresses of connects that are not yet submitted.
     #[expect(clippy::vec_box, reason = "the kernel is given their places, so they must not move")]
     addresses: Vec<Box<SockaddrStorage>>,
-    /// What is known without the kernel: failures to make a socket.
+    /// What is known without entering the ring.
     ready: Vec<Completion>,
     reaped: Vec<cqueue::Entry>,
     waker: Arc<EventFd>,
@@ -72,6 +78,8 @@ pub struct Ring {
 struct Slot {
     generation: u32,
     fd: Option<RawFd>,
+    /// It was connected just now, so nothing can have come.
+    fresh: bool,
     /// Operations in the ring that refer to it, which hold it open.
     connecting: bool,
     receiving: bool,
@@ -116,6 +124,7 @@ impl Ring {
             buffers,
             receives,
             sends: Sends::default(),
+            untold: Vec::new(),
             slots: Vec::new(),
             listeners: HashMap::new(),
             addresses: Vec::new(),
@@ -147,7 +156,7 @@ impl Ring {
             Op::Connect { sock, address } => self.connect(sock, &address),
             Op::Recv { sock, mode } => self.recv(sock, mode),
             Op::StopRecv { sock } => self.cancel(Token::Recv(sock)),
-            Op::Send { sock, chunks, mode, last } => self.send(sock, chunks, mode, last),
+            Op::Send { sock, chunks, mode, after } => self.send(sock, chunks, mode, after),
             Op::StopSend { sock } => self.stop_send(sock),
             Op::ShutdownWrite { sock } => {
                 if let Some(fd) = self.fd(sock) {
@@ -186,7 +195,8 @@ impl Ring {
                 return Ok(());
             }
         };
-        self.slot_mut(sock.index).fd = Some(fd);
+        let slot = self.slot_mut(sock.index);
+        (slot.fd, slot.fresh) = (Some(fd), true);
         let Address::Tcp(address) = address else {
             self.ready.push(Completion::Connected { sock });
             return Ok(());
@@ -200,9 +210,11 @@ impl Ring {
 
     fn recv(&mut self, sock: SockId, mode: RecvMode) -> io::Result<()> {
         let Some(fd) = self.fd(sock) else { return Ok(()) };
-        self.slot_mut(sock.index).receiving = true;
+        let slot = self.slot_mut(sock.index);
+        slot.receiving = true;
+        let fresh = std::mem::take(&mut slot.fresh);
         let size = self.buffers.size() as u32;
-        let entry = match (mode, self.receives) {
+        let mut entry = match (mode, self.receives) {
             (RecvMode::Many, Receives { capped: true, .. }) => setup::recv_capped(fd, CAP_BYTES),
             (RecvMode::Many, _) => opcode::RecvMulti::new(Fd(fd), GROUP).build(),
             (RecvMode::Once { limit_bytes }, Receives { bundles: true, .. }) if limit_bytes >= size => {
@@ -216,25 +228,45 @@ impl Ring {
                     .flags(squeue::Flags::BUFFER_SELECT)
             }
         };
+        if fresh {
+            setup::poll_first(&mut entry);
+        }
         self.push(entry, Token::Recv(sock))
     }
 
-    fn send(&mut self, sock: SockId, chunks: Chunks, mode: SendMode, last: bool) -> io::Result<()> {
+    /// What FIN is to follow is a system call, as FIN is: the two leave together, without a turn of the ring between
+    /// them.
+    fn send(&mut self, sock: SockId, chunks: Chunks, mode: SendMode, after: AfterSend) -> io::Result<()> {
         let Some(fd) = self.fd(sock) else { return Ok(()) };
-        let flags = libc::MSG_NOSIGNAL
-            | if last { libc::MSG_MORE } else { 0 }
-            | match mode {
-                SendMode::Try => libc::MSG_DONTWAIT,
-                SendMode::WaitSome => 0,
-                SendMode::WaitAll => libc::MSG_WAITALL,
-            };
+        if (mode, after) == (SendMode::Try, AfterSend::Fin) {
+            // SAFETY: the slot holds the descriptor open for the length of this call.
+            let socket = unsafe { BorrowedFd::borrow_raw(fd) };
+            let taken = sockets::send(socket, &chunks, after).map_err(|error| error.raw_os_error());
+            self.ready.push(sent(sock, taken));
+            return Ok(());
+        }
+        let untold = (mode, after) == (SendMode::Try, AfterSend::Nothing) && self.untold.len() < UNTOLD_MAX;
+        let more = if after == AfterSend::Fin { libc::MSG_MORE } else { 0 };
+        let wait = match mode {
+            // With both, to be taken in part is a failure, of which is told how much.
+            SendMode::Try if untold => libc::MSG_DONTWAIT | libc::MSG_WAITALL,
+            SendMode::Try => libc::MSG_DONTWAIT,
+            SendMode::WaitSome => 0,
+            SendMode::WaitAll => libc::MSG_WAITALL,
+        };
+        let flags = libc::MSG_NOSIGNAL | more | wait;
+        let bytes = chunks.iter().map(|chunk| chunk.len()).sum();
         let (slot, pointers) = self.sends.begin(sock, chunks);
         self.slot_mut(sock.index).sending = Some(slot);
         let entry = match pointers {
             Pointers::Bytes(bytes, len) => opcode::Send::new(Fd(fd), bytes, len).flags(flags).build(),
             Pointers::Message(header) => opcode::SendMsg::new(Fd(fd), header).flags(flags as u32).build(),
         };
-        self.push(entry, Token::Send { slot })
+        if !untold {
+            return self.push(entry, Token::Send { slot });
+        }
+        self.untold.push((slot, bytes));
+        self.push(entry.flags(squeue::Flags::SKIP_SUCCESS), Token::Send { slot })
     }
 
     fn stop_send(&mut self, sock: SockId) -> io::Result<()> {
@@ -319,18 +351,34 @@ impl Ring {
             }
             Token::Recv(sock) => self.received(sock, result, flags, out),
             Token::Send { slot } => {
-                let Some(sock) = self.sends.end(slot) else { return };
-                let Some(open) = self.open_slot(sock) else { return };
-                open.sending = None;
-                match result {
-                    0.. => out.push(Completion::Sent { sock, bytes: result as usize }),
-                    error if matches!(-error, libc::EAGAIN | libc::ECANCELED | libc::EINTR) => {
-                        out.push(Completion::Sent { sock, bytes: 0 });
-                    }
-                    error => out.push(Completion::SendFailed { sock, error: Errno(-error) }),
-                }
+                self.send_ended(slot, usize::try_from(result).map_err(|_| -result), out);
             }
         }
+    }
+
+    fn send_ended(&mut self, slot: u32, taken: Result<usize, i32>, out: &mut Vec<Completion>) {
+        let Some(sock) = self.sends.end(slot) else { return };
+        let Some(open) = self.open_slot(sock) else { return };
+        open.sending = None;
+        out.push(sent(sock, taken));
+    }
+
+    /// Those of the untold sends that have not failed took all, once every entry is submitted and every completion
+    /// taken.
+    fn tell_untold(&mut self, reaped: &[cqueue::Entry], out: &mut Vec<Completion>) {
+        let submission = self.uring.submission();
+        let all_known = submission.is_empty() && !submission.cq_overflow();
+        drop(submission);
+        if self.untold.is_empty() || !all_known {
+            return;
+        }
+        let is_send = |entry: &&cqueue::Entry| matches!(Token::unpack(entry.user_data()), Token::Send { .. });
+        reaped.iter().filter(is_send).for_each(|entry| self.translate(entry, out));
+        let mut untold = std::mem::take(&mut self.untold);
+        for (slot, bytes) in untold.drain(..) {
+            self.send_ended(slot, Ok(bytes), out);
+        }
+        self.untold = untold;
     }
 
     fn accepted(&mut self, listener: ListenerId, result: i32, flags: u32, out: &mut Vec<Completion>) {
@@ -415,16 +463,26 @@ impl Door for Ring {
     }
 
     fn wait(&mut self, timeout: Option<Duration>, completions: &mut Vec<Completion>) -> io::Result<()> {
+        if !self.ready.is_empty() {
+            // It may lead to more to submit, and all of that goes in one enter.
+            completions.append(&mut self.ready);
+            return Ok(());
+        }
         self.arm_wake()?;
         // Completions that the kernel keeps for lack of room name buffers by their order, which giving others
         // back would change.
         if !self.uring.submission().cq_overflow() {
             self.buffers.give_back();
         }
-        let known_already = !self.ready.is_empty() || !self.reaped.is_empty();
-        let timeout = if known_already { Some(Duration::ZERO) } else { timeout };
+        let timeout = if self.reaped.is_empty() { timeout } else { Some(Duration::ZERO) };
         let entered = match timeout {
-            // Wanting one, with no time to wait for it, still runs the deferred work.
+            // Wanting none still runs the deferred work; no time to wait for one would also set a timer.
+            Some(Duration::ZERO) => {
+                let count = self.uring.submission().len() as u32;
+                let flags = EnterFlags::GETEVENTS.bits();
+                // SAFETY: no argument is given, and entries are as `push` says.
+                unsafe { self.uring.submitter().enter::<libc::sigset_t>(count, 0, flags, None) }
+            }
             Some(timeout) => {
                 let timespec = Timespec::from(timeout);
                 self.uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&timespec))
@@ -440,8 +498,8 @@ impl Door for Ring {
             self.addresses.clear();
         }
         self.reap();
-        completions.append(&mut self.ready);
         let reaped = std::mem::take(&mut self.reaped);
+        self.tell_untold(&reaped, completions);
         for entry in &reaped {
             self.translate(entry, completions);
         }
@@ -466,6 +524,15 @@ impl Drop for Ring {
 /// first or is short of memory for the moment.
 fn is_passing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN))
+}
+
+/// What a send came to: how much was taken, or an error number.
+fn sent(sock: SockId, taken: Result<usize, i32>) -> Completion {
+    match taken {
+        Ok(bytes) => Completion::Sent { sock, bytes },
+        Err(libc::EAGAIN | libc::ECANCELED | libc::EINTR) => Completion::Sent { sock, bytes: 0 },
+        Err(error) => Completion::SendFailed { sock, error: Errno(error) },
+    }
 }
 
 fn reset_on_close(fd: RawFd) {

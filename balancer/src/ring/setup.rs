@@ -138,8 +138,18 @@ pub fn recv_capped(fd: RawFd, len: u32) -> squeue::Entry {
     entry
 }
 
+/// Has a receive wait before it tries.
+pub fn poll_first(entry: &mut squeue::Entry) {
+    // SAFETY: as below; the flags of a receive are in its `ioprio`, 16 bits wide.
+    unsafe { *(&raw mut *entry).cast::<u8>().add(IOPRIO_OFFSET).cast::<u16>() |= RECVSEND_POLL_FIRST };
+}
+
+/// From linux/io_uring.h.
+const RECVSEND_POLL_FIRST: u16 = 1 << 0;
+
 /// Places of fields in the kernel's `struct io_uring_sqe` (linux/io_uring.h), which is what an entry is, that
 /// the crate cannot set for these operations.
+const IOPRIO_OFFSET: usize = 2;
 const LEN_OFFSET: usize = 24;
 const OPTLEN_OFFSET: usize = 44;
 const _: () = assert!(size_of::<squeue::Entry>() == 64);

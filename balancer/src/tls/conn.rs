@@ -26,7 +26,7 @@ use smallvec::smallvec;
 use super::outgoing::Outgoing;
 use super::session::{Fault, RECORD_BYTES, RECORD_OVERHEAD_BYTES, Sealed, Session};
 use crate::core::chunk::Chunk;
-use crate::core::io::{Completion, Errno, Op, RecvEnd, RecvMode, SendMode, SockId};
+use crate::core::io::{AfterSend, Completion, Errno, Op, RecvEnd, RecvMode, SendMode, SockId};
 use crate::core::secure::TlsFault;
 
 /// Most plain text that is encrypted for one send that waits for all of it to be taken.
@@ -168,7 +168,12 @@ impl Conn {
         if !self.out.is_empty() && (self.send.is_some() || self.out.ahead_bytes() == 0) {
             let mode = self.send.as_ref().map_or(SendMode::WaitAll, |send| send.mode);
             self.flying = true;
-            fx.down.push(Op::Send { sock: self.sock, chunks: self.out.chunks(), mode, last: false });
+            fx.down.push(Op::Send {
+                sock: self.sock,
+                chunks: self.out.chunks(),
+                mode,
+                after: AfterSend::GoOn,
+            });
         } else if self.goodbye == Goodbye::Saying {
             self.goodbye = Goodbye::Said;
             fx.up.push(Completion::TlsEnded { sock: self.sock });
@@ -411,7 +416,7 @@ impl Conn {
                 sock: self.sock,
                 chunks: smallvec![Chunk::owned(goodbye)],
                 mode: SendMode::Try,
-                last: false,
+                after: AfterSend::GoOn,
             });
         }
     }

@@ -9,7 +9,7 @@ use epagent_balancer::core::chunk::{Chunk, Chunks, SharedBuffer};
 use epagent_balancer::core::config::Config;
 use epagent_balancer::core::engine::Core;
 use epagent_balancer::core::io::{
-    Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId,
+    AfterSend, Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId,
 };
 use epagent_balancer::core::memory::Limits;
 use epagent_balancer::core::outbox::PATIENCE_MS;
@@ -55,6 +55,8 @@ pub struct DoorSock {
     waits_since: u64,
     /// A send that does not wait, whose completion comes with the next batch.
     pub trying: bool,
+    /// What its end comes to, when nothing follows from it: it is told with whatever completes next.
+    untold: Option<Completion>,
     /// The bytes of the last send, when FIN is to follow as soon as they are taken.
     last_bytes: Option<usize>,
     pub tls: DoorTls,
@@ -386,6 +388,12 @@ impl World {
             self.complete_recv(id, &mut group);
             groups.push(group);
         }
+        if groups.iter().any(|group| !group.is_empty()) {
+            for sock in self.socks.values_mut().filter(|sock| sock.untold.is_some()) {
+                sock.trying = false;
+                groups.push(sock.untold.take().into_iter().collect());
+            }
+        }
         self.rng.shuffle(&mut groups);
         let mut fin_due = Vec::new();
         for completion in groups.into_iter().flatten() {
@@ -524,7 +532,7 @@ impl World {
 
     fn complete_send(&mut self, id: SockId, group: &mut Vec<Completion>) {
         let Some(sock) = self.socks.get_mut(&id) else { return };
-        sock.trying = false;
+        sock.trying = sock.untold.is_some();
         let (rng, conn) = (&mut self.rng, &mut self.conns[sock.conn].0);
         let room = conn.window.saturating_sub(conn.to_far.len());
         let failed = conn.reset || conn.core_closed;
@@ -580,7 +588,7 @@ impl World {
                 let sock = self.socks.get_mut(&sock).expect("stopping an open socket");
                 sock.stopping = sock.recv.is_some();
             }
-            Op::Send { sock, chunks, mode, last } => self.send(sock, chunks, mode, last),
+            Op::Send { sock, chunks, mode, after } => self.send(sock, chunks, mode, after),
             Op::StopSend { sock } => {
                 let sock = self.socks.get_mut(&sock).expect("stopping a send of an open socket");
                 sock.send_stopping = sock.waiting_send.is_some();
@@ -637,24 +645,31 @@ impl World {
         });
     }
 
-    fn send(&mut self, id: SockId, chunks: Chunks, mode: SendMode, last: bool) {
+    fn send(&mut self, id: SockId, chunks: Chunks, mode: SendMode, after: AfterSend) {
         let sock = self.socks.get_mut(&id).expect("sending on an open socket");
         assert!(sock.waiting_send.is_none() && !sock.trying, "two sends at a time");
         assert!(matches!(sock.tls, DoorTls::Off | DoorTls::On), "a send in state {:?}", sock.tls);
         let conn = &mut self.conns[sock.conn].0;
         assert!(!conn.to_far_fin, "a send after FIN");
-        sock.last_bytes = last.then(|| chunks.iter().map(|chunk| chunk.len()).sum());
+        sock.last_bytes = (after == AfterSend::Fin).then(|| chunks.iter().map(|chunk| chunk.len()).sum());
         if mode != SendMode::Try {
             (sock.waiting_send, sock.taken, sock.waits_since) = (Some((chunks, mode)), 0, self.now);
             return;
         }
         sock.trying = true;
         let room = conn.window.saturating_sub(conn.to_far.len());
-        self.ready.push(if conn.reset {
+        let offered: usize = chunks.iter().map(|chunk| chunk.len()).sum();
+        let over = if conn.reset {
             Completion::SendFailed { sock: id, error: Errno(libc::ECONNRESET) }
         } else {
             Completion::Sent { sock: id, bytes: take_some(&mut self.rng, conn, &chunks, room) }
-        });
+        };
+        // What failed, or was taken in part, is told at once.
+        let whole = matches!(over, Completion::Sent { bytes, .. } if bytes == offered);
+        match whole && after == AfterSend::Nothing && self.rng.one_in(2) {
+            true => sock.untold = Some(over),
+            false => self.ready.push(over),
+        }
     }
 
     fn picture(&self) -> String {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use epagent_balancer::core::chunk::{Chunk, Chunks};
-use epagent_balancer::core::io::{Completion, Errno, Op, RecvEnd, RecvMode, SendMode, SockId};
+use epagent_balancer::core::io::{AfterSend, Completion, Errno, Op, RecvEnd, RecvMode, SendMode, SockId};
 use epagent_balancer::core::secure::{Names, TlsFault};
 use epagent_balancer::door::Door;
 use epagent_balancer::tls::TlsDoor;
@@ -290,7 +290,7 @@ impl Run {
             at += size;
         }
         self.sending = Some((offered, mode));
-        self.ops.push(Op::Send { sock, chunks, mode, last: false });
+        self.ops.push(Op::Send { sock, chunks, mode, after: AfterSend::GoOn });
     }
 
     fn close(&mut self, reset: bool) {
