@@ -166,6 +166,8 @@ impl Core {
             },
             // What is complete is no preface any more, so this is what it lacks.
             (_, Role::Preface(_)) => Wanted::Take(once),
+            // Its upstream stands soon, and then what it says goes straight on.
+            (_, Role::Tcp(_)) if sock.peer.is_some() => Wanted::Pause,
             (_, Role::Tcp(tcp)) => ahead(&tcp.inbuf, once),
             (_, Role::Upstream(conn)) => match conn.phase {
                 UpPhase::Connecting { .. } => Wanted::Nothing,
