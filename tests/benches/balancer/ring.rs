@@ -1,7 +1,7 @@
 //! The least that a ring can do between two sockets: what no balancer of this design can be cheaper than.
 //!
 //! One thread, one multishot receive for each socket from a ring of buffers, one send without a completion for what
-//! it brings, one enter for each batch. It has no routes, deadlines, limits or counts, it connects while the others
+//! it brings, one enter for each batch; what comes together with the end leaves together with FIN. It has no routes, deadlines, limits or counts, it connects while the others
 //! wait, and it gives a buffer back on the word of the kernel that a send into an empty socket copies at once: it is
 //! good for small requests in closed loops, and for nothing else.
 
@@ -16,12 +16,14 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use io_uring::types::{BufRingEntry, Fd};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use nix::errno::Errno;
-use nix::sys::socket::{Backlog, MsgFlags, Shutdown, listen, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{Backlog, MsgFlags, Shutdown, listen, send, setsockopt, shutdown, sockopt};
 
 const GROUP: u16 = 0;
 const BUFFERS: u16 = 1024;
 const BUFFER_BYTES: usize = 4096;
 const PAGE_BYTES: usize = 4096;
+/// From linux/socket.h.
+const MSG_MORE: MsgFlags = MsgFlags::from_bits_retain(0x8000);
 /// Marks the completion of an accept; other completions carry a descriptor.
 const ACCEPT: u64 = u64::MAX;
 /// Marks that of a send, which there is only when it failed.
@@ -50,6 +52,8 @@ struct Front {
     /// The other side of each socket.
     peers: HashMap<RawFd, RawFd>,
     batch: Vec<cqueue::Entry>,
+    /// Sockets whose end is in the batch.
+    ending: Vec<RawFd>,
     /// Sockets that receive no more.
     ended: Vec<RawFd>,
 }
@@ -68,12 +72,23 @@ impl Front {
         // SAFETY: the entries are never freed.
         unsafe { uring.submitter().register_buf_ring_with_flags(address, BUFFERS, GROUP, 0) }
             .expect("registering the buffers");
-        Self { uring, buffers, listener, peers: HashMap::new(), batch: Vec::new(), ended: Vec::new() }
+        Self {
+            uring,
+            buffers,
+            listener,
+            peers: HashMap::new(),
+            batch: Vec::new(),
+            ending: Vec::new(),
+            ended: Vec::new(),
+        }
     }
 
     fn serve(&mut self, upstream: &str) {
         let mut batch = std::mem::take(&mut self.batch);
         batch.extend(self.uring.completion());
+        // The end of a socket that brings something too comes right behind it.
+        let ends = |completion: &cqueue::Entry| completion.result() == 0;
+        self.ending.extend(batch.iter().filter(|entry| ends(entry)).map(|entry| entry.user_data() as RawFd));
         for completion in batch.drain(..) {
             match completion.user_data() {
                 ACCEPT => self.accepted(completion.result(), upstream),
@@ -82,6 +97,7 @@ impl Front {
             }
         }
         self.batch = batch;
+        self.ending.clear();
     }
 
     fn accepted(&mut self, client: RawFd, upstream: &str) {
@@ -100,11 +116,21 @@ impl Front {
         let result = completion.result();
         if result > 0 {
             let id = cqueue::buffer_select(completion.flags()).expect("a buffer with what came");
-            if let Some(peer) = self.peers.get(&fd) {
-                let flags = (MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_WAITALL).bits();
-                let send =
-                    opcode::Send::new(Fd(*peer), self.buffers.of(id), result as u32).flags(flags).build();
-                self.push(&send.flags(squeue::Flags::SKIP_SUCCESS).user_data(SEND));
+            match self.peers.get(&fd) {
+                Some(peer) if self.ending.contains(&fd) => {
+                    // SAFETY: the kernel has filled so much of the buffer, and has lent it.
+                    let bytes = unsafe { std::slice::from_raw_parts(self.buffers.of(id), result as usize) };
+                    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT | MSG_MORE;
+                    // A peer that is gone shows when it is received from.
+                    let _ = send(*peer, bytes, flags);
+                }
+                Some(peer) => {
+                    let flags = (MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_WAITALL).bits();
+                    let bytes = self.buffers.of(id);
+                    let entry = opcode::Send::new(Fd(*peer), bytes, result as u32).flags(flags).build();
+                    self.push(&entry.flags(squeue::Flags::SKIP_SUCCESS).user_data(SEND));
+                }
+                None => {}
             }
             self.buffers.sent.push(id);
         }
@@ -120,10 +146,6 @@ impl Front {
 
     /// An end is passed on, behind what was sent; sockets are closed when both have ended.
     fn end(&mut self) {
-        if self.ended.is_empty() {
-            return;
-        }
-        self.uring.submit().expect("submitting");
         for fd in std::mem::take(&mut self.ended) {
             let Some(peer) = self.peers.remove(&fd) else { continue };
             if self.peers.contains_key(&peer) {
