@@ -375,8 +375,10 @@ impl Core {
     fn sent(&mut self, id: SockId, bytes: usize) {
         let now = self.now;
         let Some(sock) = self.socks.get_mut(id) else { return };
+        // What does not wait moved when it was queued, however late its end is told.
+        let waited = !sock.out.is_trying();
         sock.out.sent(now, bytes);
-        if bytes > 0 {
+        if bytes > 0 && waited {
             sock.moved_at = now;
         }
         if self.passes_on(id) {

@@ -99,6 +99,11 @@ impl Outbox {
         self.slow
     }
 
+    /// A send is under way that does not wait.
+    pub fn is_trying(&self) -> bool {
+        self.busy.as_ref().is_some_and(|busy| matches!(busy.state, SendState::Trying(_)))
+    }
+
     /// A send waits on shared buffers.
     pub fn is_lending(&self) -> bool {
         self.busy.as_ref().is_some_and(|busy| busy.is_waiting() && busy.shared > 0)

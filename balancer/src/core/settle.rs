@@ -11,6 +11,7 @@ use super::http::answer::Answer;
 use super::io::{AfterSend, Errno, Millis, Op, RecvMode, SockId};
 use super::secure::Tls;
 use super::session::{Finish, Phase, Recv, Role, Sock, UpPhase};
+use crate::table::Address;
 
 /// What is to be received from a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,8 +167,8 @@ impl Core {
             },
             // What is complete is no preface any more, so this is what it lacks.
             (_, Role::Preface(_)) => Wanted::Take(once),
-            // Its upstream stands soon, and then what it says goes straight on.
-            (_, Role::Tcp(_)) if sock.peer.is_some() => Wanted::Pause,
+            // What it says then goes straight on.
+            (_, Role::Tcp(_)) if self.connects_at_once(sock) => Wanted::Pause,
             (_, Role::Tcp(tcp)) => ahead(&tcp.inbuf, once),
             (_, Role::Upstream(conn)) => match conn.phase {
                 UpPhase::Connecting { .. } => Wanted::Nothing,
@@ -178,6 +179,17 @@ impl Core {
             (_, Role::Check(_)) => Wanted::Nothing,
             (_, Role::Tunnel { .. }) => self.peer_takes(sock),
         }
+    }
+
+    /// Whether the other side is a connect that is over within the batch, one to a unix socket. During any other the
+    /// client is listened to, lest it goes away unnoticed.
+    fn connects_at_once(&self, sock: &Sock) -> bool {
+        let Some(Role::Upstream(conn)) =
+            sock.peer.and_then(|peer| self.socks.get(peer)).map(|peer| &peer.role)
+        else {
+            return false;
+        };
+        self.upstreams.get(conn.upstream).is_some_and(|upstream| matches!(upstream.address, Address::Unix(_)))
     }
 
     /// As the peer's backlog leaves room. What was stopped waits for the low mark, and for a slow peer until

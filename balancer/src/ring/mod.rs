@@ -58,6 +58,8 @@ pub struct Ring {
     sends: Sends,
     /// Sends of this batch that complete only if they fail or fall short: their slots, and how much they are of.
     untold: Vec<(u32, usize)>,
+    /// Some are from a batch before: what became of them was not to be known.
+    untold_before: bool,
     slots: Vec<Slot>,
     listeners: HashMap<u32, Arc<OwnedFd>>,
     /// Addresses of connects that are not yet submitted.
@@ -125,6 +127,7 @@ impl Ring {
             receives,
             sends: Sends::default(),
             untold: Vec::new(),
+            untold_before: false,
             slots: Vec::new(),
             listeners: HashMap::new(),
             addresses: Vec::new(),
@@ -351,6 +354,7 @@ impl Ring {
             }
             Token::Recv(sock) => self.received(sock, result, flags, out),
             Token::Send { slot } => {
+                self.untold.retain(|(untold, _)| *untold != slot);
                 self.send_ended(slot, usize::try_from(result).map_err(|_| -result), out);
             }
         }
@@ -369,6 +373,7 @@ impl Ring {
         let submission = self.uring.submission();
         let all_known = submission.is_empty() && !submission.cq_overflow();
         drop(submission);
+        self.untold_before = !all_known && !self.untold.is_empty();
         if self.untold.is_empty() || !all_known {
             return;
         }
@@ -474,7 +479,8 @@ impl Door for Ring {
         if !self.uring.submission().cq_overflow() {
             self.buffers.give_back();
         }
-        let timeout = if self.reaped.is_empty() { timeout } else { Some(Duration::ZERO) };
+        let known_already = !self.reaped.is_empty() || self.untold_before;
+        let timeout = if known_already { Some(Duration::ZERO) } else { timeout };
         let entered = match timeout {
             // Wanting none still runs the deferred work; no time to wait for one would also set a timer.
             Some(Duration::ZERO) => {
