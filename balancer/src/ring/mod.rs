@@ -219,17 +219,12 @@ impl Ring {
         let size = self.buffers.size() as u32;
         let mut entry = match (mode, self.receives) {
             (RecvMode::Many, Receives { capped: true, .. }) => setup::recv_capped(fd, CAP_BYTES),
-            (RecvMode::Many, _) => opcode::RecvMulti::new(Fd(fd), GROUP).build(),
+            (RecvMode::Many, Receives { fair: true, .. }) => opcode::RecvMulti::new(Fd(fd), GROUP).build(),
+            (RecvMode::Many, _) => setup::recv_once(fd, size),
             (RecvMode::Once { limit_bytes }, Receives { bundles: true, .. }) if limit_bytes >= size => {
                 setup::recv_bundle(fd, limit_bytes / size, size)
             }
-            (RecvMode::Once { limit_bytes }, _) => {
-                let len = limit_bytes.min(size);
-                opcode::Recv::new(Fd(fd), std::ptr::null_mut(), len)
-                    .buf_group(GROUP)
-                    .build()
-                    .flags(squeue::Flags::BUFFER_SELECT)
-            }
+            (RecvMode::Once { limit_bytes }, _) => setup::recv_once(fd, limit_bytes.min(size)),
         };
         if fresh {
             setup::poll_first(&mut entry);
