@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -14,17 +14,23 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind,
 
 /// A connection from this address of our own.
 fn from(source: [u8; 4], to: SocketAddr) -> TcpStream {
-    let made = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
-    let source = SocketAddr::new(IpAddr::from(source), 0);
-    bind(made.as_raw_fd(), &SockaddrStorage::from(source)).expect("an address of loopback");
-    connect(made.as_raw_fd(), &SockaddrStorage::from(to)).expect("a connection");
-    let stream = TcpStream::from(made);
-    stream.set_read_timeout(Some(common::PATIENCE)).expect("a timeout");
-    stream
+    try_from(source, to).expect("a connection")
 }
 
-fn is_reset(mut stream: &TcpStream) -> bool {
-    stream.read(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
+fn try_from(source: [u8; 4], to: SocketAddr) -> io::Result<TcpStream> {
+    let made = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let source = SocketAddr::new(IpAddr::from(source), 0);
+    bind(made.as_raw_fd(), &SockaddrStorage::from(source))?;
+    connect(made.as_raw_fd(), &SockaddrStorage::from(to))?;
+    let stream = TcpStream::from(made);
+    stream.set_read_timeout(Some(common::PATIENCE))?;
+    Ok(stream)
+}
+
+/// Whether there was a reset; it may come before the client has seen that it is connected.
+fn is_reset(connection: io::Result<TcpStream>) -> bool {
+    let heard = connection.and_then(|mut stream| stream.read(&mut [0]));
+    heard.is_err_and(|error| error.kind() == ErrorKind::ConnectionReset)
 }
 
 fn limited(limits: &str, app: SocketAddr) -> String {
@@ -47,7 +53,7 @@ fn a_full_listener_resets_whoever_comes_and_has_room_again_when_one_leaves() {
     for client in &mut clients {
         assert_eq!(client.get("shop.example", "/").text(), "shop");
     }
-    assert!(is_reset(&TcpStream::connect(balancer.http).expect("a connection")));
+    assert!(is_reset(TcpStream::connect(balancer.http)));
     assert_eq!(balancer.status().counters.shed_connections, 1);
     assert_eq!(clients[0].get("shop.example", "/").text(), "shop", "who is served goes on");
     drop(clients.pop());
@@ -62,7 +68,7 @@ fn one_source_can_not_take_the_listener_from_the_others() {
     balancer.route("shop.example", &[("s", app.address, "up")]);
     let greedy: Vec<TcpStream> = (0..2).map(|_| from([127, 0, 0, 7], balancer.http)).collect();
     until("both are in", || balancer.status().counters.connections_open == 2);
-    assert!((0..5).all(|_| is_reset(&from([127, 0, 0, 7], balancer.http))));
+    assert!((0..5).all(|_| is_reset(try_from([127, 0, 0, 7], balancer.http))));
     let mut other = Client::over(from([127, 0, 0, 8], balancer.http));
     assert_eq!(other.get("shop.example", "/").text(), "shop");
     assert_eq!(balancer.status().counters.shed_sources, 5);
@@ -76,9 +82,10 @@ fn one_source_can_not_take_the_listener_from_the_others() {
 fn a_source_that_connects_too_often_is_reset() {
     let balancer = Balancer::start(&["--source-connections-per-second", "3"]);
     let reset = (0..20).filter(|_| {
-        let stream = from([127, 0, 0, 7], balancer.http);
-        stream.set_read_timeout(Some(Duration::from_millis(30))).expect("a timeout");
-        is_reset(&stream)
+        is_reset(try_from([127, 0, 0, 7], balancer.http).and_then(|stream| {
+            stream.set_read_timeout(Some(Duration::from_millis(30)))?;
+            Ok(stream)
+        }))
     });
     let reset = reset.count() as u64;
     assert!((10..=17).contains(&reset), "{reset} of 20 were reset");
@@ -167,14 +174,14 @@ fn plain_connections_beyond_a_limit_are_reset() {
     let port = free_address().port();
     let route = common::port_route(port, &[("s", app.address, "up")]);
     balancer.routes(&route.replace(r#""action""#, r#""limits":{"connections_max":1},"action""#));
-    let connect = || TcpStream::connect(("127.0.0.1", port)).expect("a connection");
-    let first = connect();
+    let connect = || TcpStream::connect(("127.0.0.1", port));
+    let first = connect().expect("a connection");
     until("it is in", || balancer.status().routes[0].active == 1);
-    assert!(is_reset(&connect()));
+    assert!(is_reset(connect()));
     assert_eq!(balancer.status().counters.route_full, 1);
     drop(first);
     until("it is gone", || balancer.status().routes[0].active == 0);
-    connect();
+    let _second = connect().expect("a connection");
     until("there is room again", || balancer.status().routes[0].requests_total == 3);
 }
 
@@ -194,9 +201,9 @@ fn a_full_pool_lets_a_burst_wait_and_sheds_what_goes_on() {
     let clients = fill();
     until("it is full", || balancer.status().counters.connections_open == 2);
     let start = Instant::now();
-    assert!(is_reset(&TcpStream::connect(balancer.http).expect("a connection")));
+    assert!(is_reset(TcpStream::connect(balancer.http)));
     assert!(start.elapsed() < Duration::from_secs(10), "told after {:?}", start.elapsed());
-    assert!(is_reset(&TcpStream::connect(balancer.http).expect("a connection")), "the next at once");
+    assert!(is_reset(TcpStream::connect(balancer.http)), "the next at once");
     assert!(balancer.status().counters.shed_connections >= 2);
     drop(clients);
     until("there is room", || balancer.status().counters.connections_open == 0);

@@ -22,6 +22,29 @@ const AGENT_SUITES: [&str; 4] = ["tests::inside", "tests::own_trouble", "tests::
 /// Others, on the main target alone: they take long where each step is emulated. The rest of the end-to-end suites is
 /// about words and files, which no machine changes.
 const LONG_SUITES: [&str; 4] = ["tests::kills", "tests::routes", "tests::verdicts", "tests::zero"];
+/// Of the balancer's suites, those in which the kernel decides: what its sockets and its io_uring do.
+const BALANCER_SUITES: [&str; 20] = [
+    "balancer::actions",
+    "balancer::bytes",
+    "balancer::deploy",
+    "balancer::doors",
+    "balancer::faults",
+    "balancer::handover",
+    "balancer::health",
+    "balancer::hold",
+    "balancer::http",
+    "balancer::limits",
+    "balancer::memory",
+    "balancer::preface",
+    "balancer::process",
+    "balancer::promises",
+    "balancer::service",
+    "balancer::slow_readers",
+    "balancer::tcp",
+    "balancer::tls",
+    "balancer::unix",
+    "balancer::wake",
+];
 /// What the manifest of examples/hello asks for.
 const HELLO_MEMORY_BYTES: &str = "134217728";
 const HELLO_PIDS: &str = "64";
@@ -365,6 +388,20 @@ fn isolation_and_storage_keep_their_promises_on_trixie() {
 fn isolation_and_storage_keep_their_promises_on_bookworm() {
     if wanted(Extent::Whole) && listed() {
         suites_pass(Release::Bookworm, &["isolation", "storage"], &[]);
+    }
+}
+
+#[test]
+fn the_balancer_keeps_its_promises_on_trixie() {
+    if wanted(Extent::Whole) && listed() {
+        suites_pass(Release::Trixie, &["balancer"], &BALANCER_SUITES);
+    }
+}
+
+#[test]
+fn the_balancer_keeps_its_promises_on_bookworm() {
+    if wanted(Extent::Whole) && listed() {
+        suites_pass(Release::Bookworm, &["balancer"], &BALANCER_SUITES);
     }
 }
 
