@@ -5,9 +5,10 @@ mod common;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use common::{Balancer, checksum, free_address, noise, port_route, read_all, until};
-use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
+use nix::sys::socket::{Backlog, MsgFlags, listen, send, setsockopt, sockopt};
 
 /// An app that handles each connection with `serve`, on a thread of its own.
 fn app(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
@@ -165,6 +166,44 @@ fn connections_to_a_draining_app_go_on_and_are_counted() {
     assert_eq!(balancer.upstream("db").active_connections, 1);
     drop(client);
     until("it is empty", || balancer.upstream("db").active_connections == 0);
+}
+
+#[test]
+fn a_tunnel_in_which_nothing_moves_is_closed_after_its_time() {
+    const TIME: Duration = Duration::from_millis(1500);
+    let upstream = app(|mut stream| {
+        stream.read_exact(&mut [0; 2]).expect("what is said");
+        stream.write_all(b"yes").expect("the answer");
+        read_all(&stream);
+    });
+    let balancer = Balancer::start(&["--tunnel-timeout-ms", &TIME.as_millis().to_string()]);
+    let port = free_address().port();
+    balancer.routes(&port_route(port, &[("db", upstream, "up")]));
+    let mut client = connect(port);
+    client.write_all(b"hi").expect("taken");
+    client.read_exact(&mut [0; 3]).expect("the answer");
+    let quiet = Instant::now();
+    read_all(&client);
+    // An answer that counted as movement once more when its end was told would make that twice the time.
+    let closed_after = quiet.elapsed();
+    assert!(closed_after >= TIME - TIME / 10 && closed_after < TIME + TIME / 2, "after {closed_after:?}");
+}
+
+#[test]
+fn a_client_that_goes_away_while_its_app_is_connected_to_is_noticed() {
+    // Its queue has room for one, and it accepts nobody: the next connect goes on and on.
+    let full = TcpListener::bind("127.0.0.1:0").expect("an address");
+    listen(&full, Backlog::new(0).expect("a number")).expect("with less room");
+    let address = full.local_addr().expect("its address");
+    let _first = TcpStream::connect(address).expect("room for one");
+    let balancer = Balancer::start(&["--connect-timeout-ms", "600000"]);
+    let port = free_address().port();
+    balancer.routes(&port_route(port, &[("db", address, "up")]));
+    let client = connect(port);
+    let open = || balancer.status().counters.upstream_connections_open;
+    until("it is connected to", || open() == 1);
+    reset(client);
+    until("it is gone", || open() == 0);
 }
 
 #[test]
