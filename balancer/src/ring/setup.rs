@@ -70,8 +70,8 @@ pub struct Receives {
     /// buffers at a time and still not take all there are. Without, it fills one at a time.
     pub capped: bool,
     /// A multishot receive lets others have their turn after 32 buffers (Linux 6.8). Without, one peer that sends fast
-    /// enough has all the buffers, so each receive is for one, which costs a tenth more for a request on a
-    /// connection kept open.
+    /// enough has all the buffers, so each receive is for one, which costs a tenth to a fifth more for a request
+    /// on a kept connection.
     pub fair: bool,
 }
 
