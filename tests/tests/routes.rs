@@ -180,8 +180,8 @@ fn an_instance_that_is_drained_finishes_what_it_has_and_gets_nothing_new() {
 fn a_port_can_be_held_and_released() {
     let host = DevHost::start();
     let one = backend("one");
-    // `epagent dev` binds the ports of routes on the loopback address.
-    let address = SocketAddr::from(([127, 0, 0, 1], 40_000 + (std::process::id() % 9_000) as u16));
+    // `epagent dev` binds the ports of routes on the loopback address. This one is none that connections get by themselves.
+    let address = SocketAddr::from(([127, 0, 0, 1], 20_000 + (std::process::id() % 9_000) as u16));
     let target = address.port().to_string();
     host.cli(&["route", "set", &target, "--upstream", &one.to_string()]).ok();
     let get =
