@@ -17,6 +17,8 @@ mod far;
 mod hello;
 mod judging;
 mod ledger;
+#[path = "../common/lent.rs"]
+mod lent;
 mod prefaces;
 mod secure;
 mod world;

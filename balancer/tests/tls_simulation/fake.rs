@@ -7,9 +7,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use epagent_balancer::core::chunk::{Chunk, Chunks, SharedBuffer};
+use epagent_balancer::core::chunk::{Chunk, Chunks};
 use epagent_balancer::core::io::{Completion, Errno, ListenerId, Op, RecvEnd, RecvMode, SendMode, SockId};
 use epagent_balancer::door::Door;
+
+use crate::lent::Lent;
 
 /// splitmix64.
 #[derive(Clone)]
@@ -30,31 +32,6 @@ impl Rng {
 
     pub fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
-    }
-}
-
-/// A lent buffer; counts itself.
-pub struct Lent {
-    bytes: Vec<u8>,
-    live: Rc<Cell<usize>>,
-}
-
-impl Lent {
-    pub fn chunk(bytes: Vec<u8>, live: &Rc<Cell<usize>>) -> Chunk {
-        live.set(live.get() + 1);
-        Chunk::shared(Rc::new(Self { bytes, live: live.clone() }))
-    }
-}
-
-impl SharedBuffer for Lent {
-    fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        self.live.set(self.live.get() - 1);
     }
 }
 

@@ -9,6 +9,8 @@
 //! `TLS_SIMULATION_SEEDS=N` runs more seeds, `TLS_SIMULATION_SEED=S` replays one.
 
 mod fake;
+#[path = "../common/lent.rs"]
+mod lent;
 mod peer;
 mod run;
 

@@ -17,7 +17,8 @@ use rustls::pki_types::{PrivateKeyDer, ServerName};
 use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
-use crate::fake::{Fake, FakeDoor, Lent, Rng, Wire, pattern, take_front};
+use crate::fake::{Fake, FakeDoor, Rng, Wire, pattern, take_front};
+use crate::lent::Lent;
 use crate::peer::{Manner, Peer};
 
 /// More steps than any run needs; reaching it means something is stuck.

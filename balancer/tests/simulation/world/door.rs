@@ -1,11 +1,9 @@
 //! The door: what it may answer to what the core asks, and that the core asks nothing outside the contract.
 
-use std::cell::Cell;
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
-use std::rc::Rc;
 
-use epagent_balancer::core::chunk::{Chunk, Chunks, SharedBuffer};
+use epagent_balancer::core::chunk::{Chunk, Chunks};
 use epagent_balancer::core::io::{
     AfterSend, Completion, Errno, ListenerId, Op, RawSocket, RecvEnd, RecvMode, SendMode, SockId,
 };
@@ -14,6 +12,7 @@ use epagent_balancer::table::Address;
 use super::World;
 use crate::actors::{AppConn, Rng, take_front};
 use crate::far::{Conn, Far, StreamEnd};
+use crate::lent::Lent;
 use crate::secure::{self, DoorTls};
 
 /// A socket as the door has it.
@@ -42,24 +41,6 @@ pub struct DoorListener {
     pub(super) accepting: bool,
     pub(super) stopping: bool,
     pub queue: VecDeque<usize>,
-}
-
-/// A lent buffer; counts itself.
-struct Lent {
-    bytes: Vec<u8>,
-    live: Rc<Cell<usize>>,
-}
-
-impl SharedBuffer for Lent {
-    fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        self.live.set(self.live.get() - 1);
-    }
 }
 
 impl World {
@@ -106,9 +87,7 @@ impl World {
             let size = 1 + rng.below(most as u64) as usize;
             let bytes = take_front(&mut conn.to_core, size);
             left -= bytes.len();
-            self.live.set(self.live.get() + 1);
-            let chunk = Chunk::shared(Rc::new(Lent { bytes, live: self.live.clone() }));
-            group.push(Completion::Received { sock: id, chunk });
+            group.push(Completion::Received { sock: id, chunk: Lent::chunk(bytes, &self.live) });
             if left == 0 || rng.one_in(if bounded { 3 } else { 30 }) {
                 end = Some(RecvEnd::Ended);
                 break;
